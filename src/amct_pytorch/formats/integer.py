@@ -1,0 +1,106 @@
+"""Affine integers: q = clip(round(x / s) + o), x ~ (q - o) * s."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Below this a scale cannot be told from zero: the float32 machine epsilon.
+SMALLEST_SCALE = 2.0**-23
+
+
+@dataclass(frozen=True)
+class IntFormat:
+    """A signed two's-complement integer of `bits` bits.
+
+    Rounding is half to even, as in torch and ONNX. All methods work on any device and
+    floating dtype and return integer *values* in the input's dtype; `storage_dtype` is
+    what such values are stored in.
+
+    Attributes:
+        bits: 2 to 16.
+    """
+
+    bits: int
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 16:
+            raise ValueError(f"bits is {self.bits}; allowed are 2 to 16")
+
+    @property
+    def name(self) -> str:
+        """The name that records use, e.g. ``INT8``."""
+        return f"INT{self.bits}"
+
+    @property
+    def qmin(self) -> int:
+        """Smallest integer."""
+        return -(1 << (self.bits - 1))
+
+    @property
+    def qmax(self) -> int:
+        """Largest integer."""
+        return (1 << (self.bits - 1)) - 1
+
+    @property
+    def storage_dtype(self) -> torch.dtype:
+        """The torch dtype that holds one unpacked value."""
+        return torch.int8 if self.bits <= 8 else torch.int16
+
+    def factors(self, lo: Tensor, hi: Tensor, *, symmetric: bool) -> tuple[Tensor, Tensor]:
+        """Scale and offset that spread the integers over [lo, hi].
+
+        Asymmetric: s = (hi - lo) / (2^b - 1), o = -round(lo / s) - 2^(b-1). Symmetric:
+        s = |hi| / (2^(b-1) - 1) where |hi| >= |lo|, else |lo| / 2^(b-1), and o = 0. A
+        scale below 2^-23 (an empty range) becomes 1, with o = -2^(b-1) when asymmetric.
+
+        Args:
+            lo: lower ends, any shape, floating; moved to 0 where above it.
+            hi: upper ends, same shape; moved to 0 where below it.
+            symmetric: whether the offset is fixed at 0.
+
+        Returns:
+            Scale (dtype of `lo`) and offset (int32), both of `lo`'s shape.
+        """
+        lo, hi = lo.clamp(max=0), hi.clamp(min=0)
+        if symmetric:
+            scale = torch.where(hi >= -lo, hi / self.qmax, lo / self.qmin)
+            offset = torch.zeros_like(scale)
+        else:
+            scale = (hi - lo) / (self.qmax - self.qmin)
+            offset = (self.qmin - torch.round(lo / scale)).clamp(self.qmin, self.qmax)
+        empty = scale < SMALLEST_SCALE
+        scale = torch.where(empty, torch.ones_like(scale), scale)
+        nothing = torch.full_like(offset, 0 if symmetric else self.qmin)
+        return scale, torch.where(empty, nothing, offset).to(torch.int32)
+
+    def quantize(self, x: Tensor, scale: Tensor, offset: Tensor | int = 0) -> Tensor:
+        """Integer values of `x`: clip(round(x / scale) + offset).
+
+        Args:
+            x: floating tensor of any shape.
+            scale: positive, broadcastable to `x`.
+            offset: integer, broadcastable to `x`.
+        """
+        return torch.round(x / scale).add_(offset).clamp_(self.qmin, self.qmax)
+
+    def quantize_by_inverse(self, x: Tensor, inverse_scale: Tensor, offset: Tensor) -> Tensor:
+        """Like `quantize`, multiplying by 1/scale as the AscendQuant operator does.
+
+        The result differs from a division only where the two products fall on different
+        sides of a rounding boundary; simulation and deployment must agree there too.
+        """
+        return torch.round(x * inverse_scale).add_(offset).clamp_(self.qmin, self.qmax)
+
+    def dequantize(self, q: Tensor, scale: Tensor, offset: Tensor | int = 0) -> Tensor:
+        """The real values (q - offset) * scale that integer values stand for."""
+        return (q - offset) * scale
+
+    def fake_quantize(self, x: Tensor, scale: Tensor, offset: Tensor | int = 0) -> Tensor:
+        """`x` after quantization and dequantization, in `x`'s dtype."""
+        return self.dequantize(self.quantize(x, scale, offset), scale, offset)
+
+
+INT8 = IntFormat(8)
