@@ -1,0 +1,98 @@
+"""The fake-quant model: the deploy model's integers, computed by stock operators in float."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+import onnx
+
+from amct_pytorch.export.deploy import WRITERS, split_output
+from amct_pytorch.export.integer_layer import IntegerLayer, integer_layers
+from amct_pytorch.export.layer_nodes import LayerFinder
+from amct_pytorch.export.onnx_graph import OnnxGraph
+from amct_pytorch.export.opset import IR_VERSION, plain_model
+from amct_pytorch.record.factors import LayerFactors
+
+
+def build_fake_quant(
+    float_model: onnx.ModelProto, factors: Mapping[str, LayerFactors]
+) -> onnx.ModelProto:
+    """The fake-quant model of a float model and its factors; runs in stock ONNX Runtime.
+
+    A layer L becomes Mul(1 / scale_d) -> Round -> Add(offset) -> Clip -> Sub(offset) -> L with
+    integer-valued float weights and bias -> Round -> Mul(scale_w * scale_d). The integers
+    stand in ``L.quant.output0`` (input, before Sub) and ``L.round.output0`` (result). They are
+    the deploy model's own as long as no sum leaves float32's exact integers
+    (`IntegerLayer.exact_in_float32`).
+
+    Args:
+        float_model: as for `build_deploy`; not changed.
+        factors: as for `build_deploy`.
+
+    Returns:
+        A model of opset 18 (higher only where an operator needs it) and IR version 8.
+
+    Raises:
+        RecordError: factors missing, out of range, or of layers the model does not have.
+        ExportError: a layer cannot be deployed; the message names it.
+    """
+    plain, opset = plain_model(float_model)
+    graph = OnnxGraph(plain)
+    layers = integer_layers(LayerFinder(graph), factors)
+    quantized: dict[tuple[str, bytes, int, str], str] = {}
+    for layer in layers.values():
+        source = str(layer.layer.node.input[0])
+        key = (source, *layer.quantizer)
+        if key not in quantized:
+            quantized[key] = _add_quant(graph, layer)
+        layer.layer.node.input[0] = quantized[key]
+        layer.layer.node.name = layer.layer.name
+        WRITERS[layer.layer.node.op_type](graph, _in_float(layer))
+        _add_dequant(graph, layer)
+    return graph.model(opset=opset, ir_version=IR_VERSION)
+
+
+def _in_float(layer: IntegerLayer) -> IntegerLayer:
+    bias = None if layer.bias is None else layer.bias.astype(np.float32)
+    return replace(layer, weight=layer.weight.astype(np.float32), bias=bias)
+
+
+def _add_quant(graph: OnnxGraph, layer: IntegerLayer) -> str:
+    name = f"{layer.layer.name}.quant"
+
+    def constant(what: str, value: float) -> str:
+        return graph.set_array(graph.fresh(f"{name}.{what}"), np.array(value, np.float32))
+
+    offset = constant("offset", layer.offset)
+    low = constant("qmin", layer.activation.qmin)
+    high = constant("qmax", layer.activation.qmax)
+    chain = (
+        ("Mul", "mul", (constant("scale", float(layer.inverse_scale)),)),
+        ("Round", "round", ()),
+        ("Add", "add", (offset,)),
+        ("Clip", "clip", (low, high)),
+        ("Sub", "sub", (offset,)),
+    )
+    tensor = str(layer.layer.node.input[0])
+    for op_type, step, constants in chain:
+        output = graph.fresh(f"{name}.output0" if step == "clip" else f"{name}.{step}.output0")
+        graph.add(op_type, [tensor, *constants], [output], name=graph.fresh(f"{name}.{step}"))
+        tensor = output
+    return tensor
+
+
+def _add_dequant(graph: OnnxGraph, layer: IntegerLayer) -> None:
+    name = layer.layer.name
+    raw, scaled = split_output(graph, layer, f"{name}.dequant.output0")
+    # Without the Round, ONNX Runtime folds the Mul into the weights.
+    rounded = graph.fresh(f"{name}.round.output0")
+    graph.add("Round", [raw], [rounded], name=graph.fresh(f"{name}.round"))
+    scale = layer.dequant_scale
+    if scale.size > 1 and layer.layer.node.op_type == "Conv":
+        scale = scale.reshape(-1, *[1] * (layer.weight.ndim - 2))
+    elif scale.size == 1:
+        scale = scale.reshape(())
+    param = graph.set_array(graph.fresh(f"{name}.dequant.scale"), scale)
+    graph.add("Mul", [rounded, param], [scaled], name=graph.fresh(f"{name}.dequant"))

@@ -1,0 +1,221 @@
+"""A layer and its factors -> the integers that are deployed. The only place that does this."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from amct_pytorch.errors import ExportError, RecordError, did_you_mean
+from amct_pytorch.export.layer_nodes import LayerFinder, LayerNode
+from amct_pytorch.formats.integer import IntFormat
+from amct_pytorch.record.factors import LayerFactors
+
+INT32 = np.iinfo(np.int32)
+# float32 holds every integer up to here, so sums of integers below it are exact.
+EXACT_FLOAT32 = 1 << 24
+FORCE_FP16 = "FORCE_FP16_QUANT"
+
+
+@dataclass(frozen=True)
+class IntegerLayer:
+    """What the deploy and the fake-quant model both compute with.
+
+    Attributes:
+        layer: where the layer is in the float model.
+        weight: int8, in the shape of `layer.weight`.
+        bias: int32 [N], or None.
+        inverse_scale: float32 1 / scale_d, the factor of AscendQuant.
+        offset: zero point of the input.
+        dequant_scale: float32 scale_w * scale_d, [1] or [N].
+        activation: the format of the input.
+    """
+
+    layer: LayerNode
+    weight: np.ndarray
+    bias: np.ndarray | None
+    inverse_scale: np.float32
+    offset: int
+    dequant_scale: np.ndarray
+    activation: IntFormat
+
+    @property
+    def quantizer(self) -> tuple[bytes, int, str]:
+        """What two quantizers of one tensor must share to be one."""
+        return self.inverse_scale.tobytes(), self.offset, self.activation.name
+
+    def largest_sum(self) -> int:
+        """Largest |sum| any input can give in any order of adding: at most this."""
+        return largest_sum(self.weight, self.bias, self.layer.out_axis, self.offset)
+
+    def exact_in_float32(self) -> bool:
+        """Whether float32 arithmetic yields this layer's integers exactly for every input."""
+        return self.largest_sum() <= EXACT_FLOAT32
+
+
+def largest_sum(
+    weight: np.ndarray, bias: np.ndarray | None, out_axis: int, offset: int, bits: int = 8
+) -> int:
+    """max over channels of sum|w| * max|q - offset| + |bias|, as an exact integer."""
+    fmt = IntFormat(bits)
+    reach = max(fmt.qmax - offset, offset - fmt.qmin)
+    axes = tuple(a for a in range(weight.ndim) if a != out_axis)
+    sums = np.abs(weight.astype(np.int64)).sum(axis=axes) * reach
+    if bias is not None:
+        sums = sums + np.abs(bias.astype(np.int64))
+    return int(sums.max(initial=0))
+
+
+def pack_param(dequant_scale: np.ndarray, offset_w: int = 0) -> np.ndarray:
+    """AscendDequant's parameter: UINT64, bits 0-31 the float32, bits 32-39 offset_w.
+
+    Args:
+        dequant_scale: float32 [N].
+        offset_w: one signed byte.
+    """
+    bits = np.ascontiguousarray(dequant_scale, np.float32).view(np.uint32).astype(np.uint64)
+    param: np.ndarray = bits | np.uint64((offset_w & 0xFF) << 32)
+    return param
+
+
+def unpack_param(param: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The float32 scales and the int8 weight offsets inside AscendDequant's parameter."""
+    param = np.ascontiguousarray(param, np.uint64)
+    scale = (param & np.uint64(0xFFFFFFFF)).astype(np.uint32).view(np.float32)
+    offset = ((param >> np.uint64(32)) & np.uint64(0xFF)).astype(np.uint8).view(np.int8)
+    return scale, offset
+
+
+def integer_layer(layer: LayerNode, factors: LayerFactors) -> IntegerLayer:
+    """The integers of one layer.
+
+    weight = clip(round(w / scale_w)), bias = round(b / (scale_w * scale_d)), both half to
+    even, the product in float32 as it is stored, the quotient of the bias in float64.
+
+    Args:
+        layer: the layer in the float model.
+        factors: its complete factors.
+
+    Raises:
+        RecordError: the number of scales does not fit the layer.
+        ExportError: a bias does not fit into int32; something is not supported yet.
+    """
+    _check_supported(layer, factors)
+    assert factors.scale_d is not None
+    channels = layer.weight.shape[layer.out_axis]
+    if len(factors.scale_w) not in (1, channels):
+        raise RecordError(
+            f"layer {layer.name!r}: the record has {len(factors.scale_w)} values of scale_w; "
+            f"1 or {channels} are needed, one for each output channel"
+        )
+    scale_w = np.asarray(factors.scale_w, np.float32)
+    scale_d = np.float32(factors.scale_d)
+    quantized = IntFormat(factors.weight_bits).quantize(
+        torch.tensor(layer.weight), torch.from_numpy(layer.along_channels(scale_w))
+    )
+    with np.errstate(over="ignore", under="ignore"):
+        product = scale_w * scale_d
+        inverse = np.float32(1) / scale_d
+    if not (np.isfinite(product).all() and (product > 0).all() and np.isfinite(inverse)):
+        raise ExportError(
+            f"layer {layer.name!r}: scale_w * scale_d or 1 / scale_d leaves the range of float32 "
+            f"(scale_d is {factors.scale_d:g})"
+        )
+    dequant = product
+    if factors.fakequant_precision_mode == FORCE_FP16:
+        dequant = (product.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
+    return IntegerLayer(
+        layer,
+        quantized.to(torch.int8).numpy(),
+        None if layer.bias is None else _integer_bias(layer, product),
+        inverse,
+        factors.offset_d,
+        dequant,
+        IntFormat(factors.activation_bits),
+    )
+
+
+def _integer_bias(layer: LayerNode, scale: np.ndarray) -> np.ndarray:
+    assert layer.bias is not None
+    # IntFormat ends at 16 bits; this is its rounding (half to even) at 32, unclipped.
+    value = np.rint(layer.bias.astype(np.float64) / scale.astype(np.float64))
+    beyond = np.flatnonzero((value < INT32.min) | (value > INT32.max))
+    if beyond.size:
+        i = int(beyond[0])
+        raise ExportError(
+            f"layer {layer.name!r}: the integer bias of output channel {i} is {value[i]:.0f}, "
+            f"beyond int32; its float bias is {layer.bias[i]:g} and scale_w * scale_d is "
+            f"{scale[i % scale.size]:g}, too small for it"
+        )
+    return value.astype(np.int32)
+
+
+def _check_supported(layer: LayerNode, factors: LayerFactors) -> None:
+    if factors.weight_bits not in (6, 7, 8):
+        raise ExportError(
+            f"layer {layer.name!r}: weights of {factors.weight_bits} bits cannot be deployed yet; "
+            "allowed are 6, 7 and 8"
+        )
+    if factors.activation_bits != 8:
+        raise ExportError(
+            f"layer {layer.name!r}: inputs of {factors.activation_bits} bits cannot be deployed "
+            "yet; allowed are 8"
+        )
+    if factors.balance:
+        raise ExportError(f"layer {layer.name!r}: balance factors cannot be deployed yet")
+
+
+def check_factors(factors: Mapping[str, LayerFactors], known: Iterable[str]) -> None:
+    """Refuse factors that cannot be deployed, naming every layer concerned.
+
+    Raises:
+        RecordError: a layer is not in the model, lacks factors, or has ones out of range.
+    """
+    known = list(known)
+    unknown = [name for name in factors if name not in known]
+    if unknown:
+        hints = ", ".join(f"{name!r}{did_you_mean(name, known)}" for name in unknown)
+        raise RecordError(f"the record has layers that the ONNX model does not have: {hints}")
+    missing = [name for name, layer in factors.items() if not layer.complete]
+    if missing:
+        raise RecordError(
+            "factors are missing for " + ", ".join(map(repr, missing)) + ": calibrate with "
+            "batch_num batches first"
+        )
+    for name, layer in factors.items():
+        for what, values in (("scale_w", layer.scale_w), ("scale_d", (layer.scale_d,))):
+            wrong = [v for v in values if v is None or not (math.isfinite(v) and v > 0)]
+            if wrong:
+                raise RecordError(
+                    f"layer {name!r}: {what} is {wrong[0]}; scales are finite and above 0"
+                )
+        fmt = IntFormat(layer.activation_bits)
+        if not fmt.qmin <= layer.offset_d <= fmt.qmax:
+            raise RecordError(
+                f"layer {name!r}: offset_d is {layer.offset_d}; allowed are {fmt.qmin} to "
+                f"{fmt.qmax}"
+            )
+
+
+def integer_layers(
+    finder: LayerFinder, factors: Mapping[str, LayerFactors]
+) -> dict[str, IntegerLayer]:
+    """Every layer that has factors, in the order of the model.
+
+    Args:
+        finder: knows the layers of the float model.
+        factors: of the layers to quantize; the model's other layers stay float.
+
+    Raises:
+        RecordError: factors missing, out of range, or of layers the model does not have.
+        ExportError: a layer cannot be turned into integers.
+    """
+    check_factors(factors, finder.names)
+    return {
+        name: integer_layer(finder.find(name), factors[name])
+        for name in finder.names
+        if name in factors
+    }

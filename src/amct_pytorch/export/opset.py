@@ -1,0 +1,51 @@
+"""The one opset and IR version that exported models have."""
+
+from __future__ import annotations
+
+import logging
+
+import onnx
+from onnx import inliner, version_converter
+
+from amct_pytorch.errors import ExportError
+from amct_pytorch.export.onnx_graph import DEFAULT_DOMAINS
+
+OPSET = 18
+IR_VERSION = 8
+log = logging.getLogger("amct_pytorch")
+
+
+def opset_of(model: onnx.ModelProto) -> int:
+    """Version of the default operator set that a model uses."""
+    versions = [o.version for o in model.opset_import if o.domain in DEFAULT_DOMAINS]
+    return max(versions, default=0)
+
+
+def plain_model(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
+    """The model without functions, at opset 18 where it can be, and the opset it got.
+
+    A model that needs a newer operator keeps its opset; the log says so.
+
+    Raises:
+        ExportError: a node's operator is of no standard domain.
+    """
+    if model.functions:
+        model = inliner.inline_local_functions(model)
+    custom = [n for n in model.graph.node if n.domain not in DEFAULT_DOMAINS]
+    if custom:
+        raise ExportError(
+            f"node {custom[0].name!r} has operator {custom[0].domain}.{custom[0].op_type}; "
+            "only standard ONNX operators can be exported"
+        )
+    version = opset_of(model)
+    if version == OPSET:
+        return model, version
+    try:
+        return version_converter.convert_version(model, OPSET), OPSET
+    except Exception as error:
+        if version < OPSET:
+            raise ExportError(
+                f"the ONNX model has opset {version} and cannot be brought to {OPSET}: {error}"
+            ) from error
+    log.warning("the ONNX model needs opset %d, newer than %d; it is kept", version, OPSET)
+    return model, version
