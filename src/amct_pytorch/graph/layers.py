@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
 
 from torch import nn
 
@@ -23,6 +22,7 @@ class LayerKind:
         channel_wise_default: whether weights get one scale per output channel by default.
         channel_wise_allowed: whether they may.
         low_bit_weights: whether 6- and 7-bit weights are defined for it.
+        input_ranks: smallest and largest number of input dimensions.
     """
 
     name: str
@@ -34,15 +34,16 @@ class LayerKind:
     channel_wise_default: bool
     channel_wise_allowed: bool
     low_bit_weights: bool
+    input_ranks: tuple[int, int]
 
 
 LAYER_KINDS: MappingProxyType[str, LayerKind] = MappingProxyType(
     {
         kind.name: kind
         for kind in (
-            LayerKind("Conv2d", nn.Conv2d, ("conv2d",), ("Conv",), 0, 1, True, True, True),
+            LayerKind("Conv2d", nn.Conv2d, ("conv2d",), ("Conv",), 0, 1, True, True, True, (4, 4)),
             LayerKind(
-                "Linear", nn.Linear, ("linear",), ("Gemm", "MatMul"), 0, -1, False, False, False
+                "Linear", nn.Linear, ("linear",), ("Gemm", "MatMul"), 0, -1, False, False, False, (2, 6)
             ),
         )
     }
@@ -60,7 +61,7 @@ class SeenLayer:
         in_channels: Cin (for a convolution over all groups together).
         groups: groups of a convolution, 1 for Linear.
         weight_shape: shape of the weight operand of its call.
-        attributes: the call's further facts (stride, padding, dilation, input rank, …).
+        input_shape: shape of the call's data operand; empty if there was no single call.
     """
 
     name: str
@@ -69,7 +70,7 @@ class SeenLayer:
     in_channels: int
     groups: int
     weight_shape: tuple[int, ...]
-    attributes: MappingProxyType[str, Any] = MappingProxyType({})
+    input_shape: tuple[int, ...] = ()
 
     @property
     def quantizable(self) -> bool:

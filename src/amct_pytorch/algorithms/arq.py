@@ -1,0 +1,54 @@
+"""ARQ: weight scales from the symmetric range of the weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from amct_pytorch.formats import IntFormat
+
+
+def arq_scale(
+    weight: Tensor, number_format: IntFormat, out_axis: int, *, channel_wise: bool
+) -> Tensor:
+    """One scale, or one per output channel, that spans the weights.
+
+    s = max / (2^(b-1) - 1) where the largest weight is at least as far from zero as the
+    smallest, else |min| / 2^(b-1); 1 where the weights are (next to) all zero.
+
+    Args:
+        weight: the layer's weight.
+        number_format: the integers to quantize to.
+        out_axis: axis of `weight` that counts output channels.
+        channel_wise: one scale per output channel instead of one.
+
+    Returns:
+        float32 [out_channels] or [1].
+    """
+    rows = weight.detach().float().transpose(0, out_axis).flatten(1)
+    if not channel_wise:
+        rows = rows.reshape(1, -1)
+    scale, _ = number_format.factors(rows.amin(1), rows.amax(1), symmetric=True)
+    return scale
+
+
+def floored_for_bias(scale_w: Tensor, scale_d: float, bias: Tensor, limit: int) -> Tensor:
+    """Weight scales made so large that no integer bias exceeds `limit`.
+
+    The integer bias is bias / (scale_w * scale_d). A channel whose weights are next to zero
+    (a dead BatchNorm channel) has a tiny scale and would get an integer bias that neither
+    int32 nor a float32 simulation holds; its weights may be coarser at no loss.
+
+    Args:
+        scale_w: [out_channels] or [1].
+        scale_d: scale of the layer's input.
+        bias: [out_channels].
+        limit: largest |integer bias|.
+
+    Returns:
+        Scales of the same shape, none smaller.
+    """
+    needed = bias.detach().float().abs() / (limit * scale_d)
+    if scale_w.numel() == 1:
+        needed = needed.max().reshape(1)
+    return torch.maximum(scale_w, needed)

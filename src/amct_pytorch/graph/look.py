@@ -1,0 +1,210 @@
+"""Looking at a model: which layers there are, what can be quantized, what can be fused."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from amct_pytorch.errors import ArgumentTypeError, ModelError
+from amct_pytorch.graph.layers import LAYER_KINDS, LayerKind, SeenLayer
+from amct_pytorch.graph.tensors import ModelInputs
+from amct_pytorch.graph.trace import OpCall, Operand, Trace, trace_forward
+
+
+@dataclass(frozen=True)
+class ModelGraph:
+    """What one look at a model found.
+
+    Attributes:
+        layers: every layer of a known kind, quantizable or not, in module order.
+        fusable_norms: BatchNorm module directly behind a layer and behind nothing else,
+            by layer name.
+        run_order: layer names in the order in which their calls ran.
+        module_names: every dotted module path of the model.
+        trace: the run itself.
+    """
+
+    layers: tuple[SeenLayer, ...]
+    fusable_norms: dict[str, str]
+    run_order: tuple[str, ...]
+    module_names: tuple[str, ...]
+    trace: Trace
+
+
+def copy_model(model: nn.Module) -> nn.Module:
+    """A deep copy in eval mode.
+
+    Raises:
+        ArgumentTypeError: `model` is no module.
+        ModelError: it cannot be copied; the message says why.
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentTypeError(
+            f"model is a {type(model).__name__}; allowed is a torch.nn.Module with its weights"
+        )
+    try:
+        return copy.deepcopy(model).eval()
+    except Exception as error:
+        raise ModelError(
+            f"the model cannot be copied (copy.deepcopy): {type(error).__name__}: {error}. "
+            "The caller's model is never changed, so a copy is needed; remove attributes that "
+            "cannot be copied, such as non-leaf tensors, locks or open files."
+        ) from error
+
+
+def look_at(model: nn.Module, inputs: ModelInputs) -> ModelGraph:
+    """Runs a copy of `model` once on `inputs` and reports its layers.
+
+    Raises:
+        ArgumentTypeError: `model` is no module.
+        ModelError: it cannot be copied or run.
+    """
+    watched = copy_model(model)
+    trace = trace_forward(watched, inputs)
+    sharing = _shared_owners(model)
+    layers = []
+    calls: dict[str, OpCall] = {}
+    for path, module in watched.named_modules():
+        kind = kind_of(module)
+        if kind is None:
+            continue
+        own_calls = [
+            op for op in trace.in_scope(path) if op.function in kind.functions and _owns(op, path)
+        ]
+        reason = _why_not(path, module, kind, own_calls, trace, sharing)
+        if len(own_calls) == 1:
+            calls[path] = own_calls[0]
+        layers.append(_describe(path, module, kind, reason, own_calls))
+    run_order = tuple(sorted(calls, key=lambda path: calls[path].index))
+    quantizable = {layer.name: calls[layer.name] for layer in layers if layer.quantizable}
+    return ModelGraph(
+        tuple(layers),
+        _find_fusable_norms(watched, trace, quantizable),
+        run_order,
+        tuple(path for path, _ in model.named_modules() if path),
+        trace,
+    )
+
+
+def kind_of(module: nn.Module) -> LayerKind | None:
+    """The kind of layer that `module` is, or None."""
+    for kind in LAYER_KINDS.values():
+        if isinstance(module, kind.module_class):
+            return kind
+    return None
+
+
+def _owns(op: OpCall, path: str) -> bool:
+    """Whether no other layer's forward runs between module `path` and the call."""
+    inner = op.scopes[op.scopes.index(path) + 1 :]
+    return all(scope.startswith(f"{path}.") for scope in inner)
+
+
+def _shared_owners(model: nn.Module) -> dict[str, str]:
+    """For each module path that shares a parameter's memory: a name it shares with."""
+    owners: dict[Any, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.numel() and parameter.device.type != "meta":
+            owners[parameter.untyped_storage().data_ptr()].append(name)
+    shared = {}
+    for names in owners.values():
+        for name in names:
+            others = [other for other in names if other != name]
+            if others:
+                shared[name.rpartition(".")[0]] = others[0]
+    return shared
+
+
+def _why_not(
+    path: str,
+    module: nn.Module,
+    kind: LayerKind,
+    calls: list[OpCall],
+    trace: Trace,
+    sharing: dict[str, str],
+) -> str | None:
+    """The reason why a layer cannot be quantized, or None."""
+    if not path:
+        return "the model itself is this layer; put it into a module, e.g. nn.Sequential(layer)"
+    if path in sharing:
+        return f"reused layer: it shares memory with {sharing[path]!r}"
+    runs = trace.runs.get(path, 0)
+    if runs == 0:
+        readers = [
+            op
+            for name, value in trace.parameter_values.items()
+            if name.rpartition(".")[0] == path
+            for op in trace.consumers(value)
+        ]
+        if readers:
+            return f"its forward did not run; {readers[0].function} read its parameters directly"
+        return "it did not run on input_data"
+    if runs > 1:
+        return f"reused layer: it ran {runs} times in one forward"
+    if len(calls) != 1:
+        names = " or ".join(kind.functions)
+        return f"its forward called {names} {len(calls)} times; exactly one call is supported"
+    call = calls[0]
+    weight = call.argument(1, "weight")
+    x = call.argument(0, "input")
+    if not isinstance(weight, Operand) or not isinstance(x, Operand):
+        return "its call has no tensor as weight or as input"
+    if weight.value in trace.from_input:
+        return "its weight is computed from the model's input"
+    others = [op for op in trace.consumers(weight.value) if op.index != call.index]
+    if weight.parameter is not None and others:
+        return f"reused layer: its weight is also read by {others[0].function}"
+    if getattr(module, "padding_mode", "zeros") != "zeros":
+        return f"padding_mode is {getattr(module, 'padding_mode', None)!r}; supported is 'zeros'"
+    rank = len(x.shape)
+    low, high = kind.input_ranks
+    if not low <= rank <= high:
+        allowed = f"{low}-D" if low == high else f"{low}-D to {high}-D"
+        return f"its input is {rank}-D; supported is {allowed}"
+    return None
+
+
+def _describe(
+    path: str, module: nn.Module, kind: LayerKind, reason: str | None, calls: list[OpCall]
+) -> SeenLayer:
+    groups = int(getattr(module, "groups", 1))
+    weight = calls[0].argument(1, "weight") if len(calls) == 1 else None
+    if isinstance(weight, Operand):
+        shape = weight.shape
+    else:
+        shape = tuple(getattr(module, "weight", None).shape)  # type: ignore[union-attr]
+    in_channels = int(getattr(module, "in_channels", getattr(module, "in_features", 0)))
+    x = calls[0].argument(0, "input") if len(calls) == 1 else None
+    input_shape = x.shape if isinstance(x, Operand) else ()
+    return SeenLayer(path, kind.name, reason, in_channels, groups, shape, input_shape)
+
+
+def _find_fusable_norms(
+    model: nn.Module, trace: Trace, calls: dict[str, OpCall]
+) -> dict[str, str]:
+    """Layers whose output goes into one BatchNorm in inference form and nowhere else."""
+    found = {}
+    for path, call in calls.items():
+        kind = LAYER_KINDS[next(k for k, v in LAYER_KINDS.items() if call.function in v.functions)]
+        if kind.channel_axis != 1:
+            continue
+        (value,) = call.outputs
+        readers = trace.consumers(value)
+        if len(readers) != 1 or value in trace.outputs:
+            continue
+        (norm_call,) = readers
+        if norm_call.function != "batch_norm" or not norm_call.scopes:
+            continue
+        norm_path = norm_call.scopes[-1]
+        norm = model.get_submodule(norm_path)
+        if (
+            isinstance(norm, nn.modules.batchnorm._BatchNorm)
+            and norm.running_mean is not None
+            and trace.runs[norm_path] == 1
+        ):
+            found[path] = norm_path
+    return found

@@ -1,0 +1,84 @@
+"""Tensors inside the nested values that models take and return."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amct_pytorch.errors import ArgumentTypeError
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor in `value`, in order, through lists, tuples, mappings and dataclasses."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors_in(item)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for spec in dataclasses.fields(value):
+            yield from tensors_in(getattr(value, spec.name))
+
+
+def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """`value` with `function` applied to each tensor in lists, tuples and dicts."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {key: map_tensors(item, function) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(map_tensors(item, function) for item in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(map_tensors(item, function) for item in value)
+    return value
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """Positional and keyword arguments of one forward call."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, input_data: Any) -> ModelInputs:
+        """The arguments that a user's `input_data` stands for.
+
+        Args:
+            input_data: a tuple or list of tensors, a bare tensor (a tuple of one), or a
+                dict of keyword inputs.
+
+        Raises:
+            ArgumentTypeError: it is something else, or holds no tensor.
+        """
+        if isinstance(input_data, Tensor):
+            inputs = cls((input_data,))
+        elif isinstance(input_data, Mapping):
+            inputs = cls((), dict(input_data))
+        elif isinstance(input_data, (tuple, list)):
+            inputs = cls(tuple(input_data))
+        else:
+            raise ArgumentTypeError(
+                f"input_data is a {type(input_data).__name__}; allowed are a tuple or list of "
+                "tensors, one tensor, or a dict of keyword inputs"
+            )
+        if next(tensors_in((inputs.args, inputs.kwargs)), None) is None:
+            raise ArgumentTypeError("input_data holds no tensor")
+        return inputs
+
+    def copied(self) -> ModelInputs:
+        """The same arguments with every tensor cloned and detached."""
+        args, kwargs = map_tensors((self.args, self.kwargs), lambda t: t.detach().clone())
+        return ModelInputs(args, kwargs)
+
+    def call(self, model: torch.nn.Module) -> Any:
+        """`model` run on these arguments."""
+        return model(*self.args, **self.kwargs)

@@ -1,0 +1,227 @@
+"""Seeing a model by running it: one forward pass, every torch function call written down.
+
+Watching a real run survives any control flow and keeps module names. What is written down
+is a flat list of calls over *values*: a value is one content of one tensor, so that an
+in-place operation ends one value and begins the next.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from amct_pytorch.errors import ModelError
+from amct_pytorch.graph.tensors import ModelInputs, tensors_in
+
+TORCH_PACKAGE = torch.__file__.rsplit("/", 1)[0].rsplit("\\", 1)[0]
+
+
+@dataclass(frozen=True)
+class OpCall:
+    """One call of a torch function.
+
+    Attributes:
+        index: position in the run.
+        function: the function's name, e.g. ``conv2d``.
+        scopes: dotted paths of the modules whose forward was running, outermost first.
+        inputs: value of each tensor operand, in order.
+        outputs: value of each tensor result, in order.
+        args: positional arguments with tensors replaced by their `Operand`.
+        kwargs: keyword arguments, likewise.
+    """
+
+    index: int
+    function: str
+    scopes: tuple[str, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def argument(self, position: int, name: str) -> Any:
+        """The argument given at `position` or by `name`; None if left out."""
+        if position < len(self.args):
+            return self.args[position]
+        return self.kwargs.get(name)
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor argument of a call.
+
+    Attributes:
+        value: the value it held.
+        shape: its shape.
+        parameter: dotted name if it is a parameter or buffer of the model, else None.
+    """
+
+    value: int
+    shape: tuple[int, ...]
+    parameter: str | None
+
+
+@dataclass
+class Trace:
+    """What one run of a model did.
+
+    Attributes:
+        ops: every call, in order.
+        outputs: values that the model returned.
+        runs: how often each module's forward ran, by dotted path.
+        from_input: values that depend on the model's inputs.
+        parameter_values: value of each parameter or buffer that some call read.
+    """
+
+    ops: list[OpCall] = field(default_factory=list)
+    outputs: tuple[int, ...] = ()
+    runs: dict[str, int] = field(default_factory=dict)
+    from_input: set[int] = field(default_factory=set)
+    parameter_values: dict[str, int] = field(default_factory=dict)
+
+    def consumers(self, value: int) -> list[OpCall]:
+        """The calls that read `value`."""
+        return [op for op in self.ops if value in op.inputs]
+
+    def in_scope(self, path: str) -> Iterator[OpCall]:
+        """The calls made while the forward of module `path` was running."""
+        return (op for op in self.ops if path in op.scopes)
+
+
+class _Recorder(TorchFunctionMode):
+    """Writes every torch function call into a `Trace`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.trace = Trace()
+        self.scopes: list[str] = []
+        self._values: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._next_value = 0
+        named = [*model.named_parameters(), *model.named_buffers()]
+        self._parameters = {id(tensor): name for name, tensor in named}
+
+    def name_inputs(self, inputs: ModelInputs) -> None:
+        for tensor in tensors_in((inputs.args, inputs.kwargs)):
+            self.trace.from_input.add(self._renew(tensor))
+
+    def name_outputs(self, outputs: Any) -> None:
+        self.trace.outputs = tuple(self._value(tensor) for tensor in tensors_in(outputs))
+
+    def _renew(self, tensor: Tensor) -> int:
+        value, self._next_value = self._next_value, self._next_value + 1
+        self._values[tensor] = value
+        return value
+
+    def _value(self, tensor: Tensor) -> int:
+        value = self._values.get(tensor)
+        if value is not None:
+            return int(value)
+        value = self._renew(tensor)
+        parameter = self._parameters.get(id(tensor))
+        if parameter is None:
+            # Made where torch functions are not seen (a custom autograd function, a
+            # compiled extension): it may depend on the input, so say that it does.
+            self.trace.from_input.add(value)
+        else:
+            self.trace.parameter_values[parameter] = value
+        return value
+
+    def _operand(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            name = self._parameters.get(id(value))
+            return Operand(self._value(value), tuple(value.shape), name)
+        if isinstance(value, (list, tuple)):
+            return [self._operand(item) for item in value]
+        return value
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        sources = list(tensors_in((args, kwargs)))
+        inputs = tuple(self._value(tensor) for tensor in sources)
+        operands = tuple(self._operand(arg) for arg in args)
+        named = {key: self._operand(value) for key, value in kwargs.items()}
+        result = func(*args, **kwargs)
+        name = getattr(func, "__name__", str(func))
+        changed = list(tensors_in(result))
+        if name == "__setitem__":
+            changed.append(sources[0])
+        if changed:
+            outputs = tuple(self._renew(tensor) for tensor in changed)
+            if any(value in self.trace.from_input for value in inputs):
+                self.trace.from_input.update(outputs)
+            index = len(self.trace.ops)
+            self.trace.ops.append(
+                OpCall(index, name, tuple(self.scopes), inputs, outputs, operands, named)
+            )
+        return result
+
+
+@contextmanager
+def _scopes_watched(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
+    """Keeps the recorder's stack of running modules while the model runs."""
+    handles = []
+    for path, module in model.named_modules():
+
+        def enter(_: nn.Module, __: Any, path: str = path) -> None:
+            recorder.scopes.append(path)
+            recorder.trace.runs[path] = recorder.trace.runs.get(path, 0) + 1
+
+        def leave(_: nn.Module, __: Any, ___: Any) -> None:
+            recorder.scopes.pop()
+
+        handles.append(module.register_forward_pre_hook(enter))
+        handles.append(module.register_forward_hook(leave))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def where_it_failed(model: nn.Module, error_traceback: TracebackType | None) -> str:
+    """``in module 'a.b' (file.py:12)``: the deepest module and user line of a traceback."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    module_path, line = "", ""
+    for frame, number in traceback.walk_tb(error_traceback):
+        path = paths.get(id(frame.f_locals.get("self")))
+        module_path = path or module_path
+        filename = frame.f_code.co_filename
+        if path is not None and not filename.startswith(TORCH_PACKAGE):
+            line = f"{filename}:{number}"
+    place = f"in module {module_path!r}" if module_path else "in the model's forward"
+    return f"{place} ({line})" if line else place
+
+
+def trace_forward(model: nn.Module, inputs: ModelInputs) -> Trace:
+    """Runs `model` once on `inputs` and returns what it did.
+
+    The model's buffers may change, as in any forward; give a copy. It runs in the mode it
+    is in, without gradients.
+
+    Raises:
+        ModelError: the forward raised; the message names the module, the user's line and
+            what to look at.
+    """
+    recorder = _Recorder(model)
+    recorder.name_inputs(inputs)
+    try:
+        with torch.no_grad(), _scopes_watched(model, recorder), recorder:
+            outputs = inputs.call(model)
+    except Exception as error:
+        raise ModelError(
+            f"the model cannot be run on input_data: {type(error).__name__} "
+            f"{where_it_failed(model, error.__traceback__)}: {error}. "
+            "Check that model(*input_data) works by itself."
+        ) from error
+    recorder.name_outputs(outputs)
+    return recorder.trace

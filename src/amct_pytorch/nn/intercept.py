@@ -1,0 +1,71 @@
+"""Catching the one convolution or linear call that a layer's own forward makes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """One call of conv2d, linear, … with its operands told apart.
+
+    Attributes:
+        function: the torch function.
+        x: the data operand, as the layer's own forward made it (padded, say).
+        weight: the weight operand, which need not be the layer's parameter.
+        bias: the bias operand or None.
+        args: positional arguments behind the bias.
+        kwargs: keyword arguments other than the three operands.
+    """
+
+    function: Callable[..., Tensor]
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @classmethod
+    def bind(
+        cls, function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> LayerCall:
+        """Tells the operands of ``function(input, weight, bias, ...)`` apart."""
+        rest = dict(kwargs)
+        operands = [
+            args[i] if i < len(args) else rest.pop(name, None)
+            for i, name in enumerate(("input", "weight", "bias"))
+        ]
+        return cls(function, operands[0], operands[1], operands[2], tuple(args[3:]), rest)
+
+    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The same call on other operands."""
+        return self.function(x, weight, bias, *self.args, **self.kwargs)
+
+
+class CallInterceptor(TorchFunctionMode):
+    """While active, answers calls of the named torch functions itself.
+
+    Args:
+        functions: names of the functions, e.g. ``("conv2d",)``.
+        answer: called in their place; what it returns is the call's result.
+    """
+
+    def __init__(
+        self, functions: tuple[str, ...], answer: Callable[[LayerCall], Tensor]
+    ) -> None:
+        super().__init__()
+        self._functions = functions
+        self._answer = answer
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Answers `func` if it is one of the named functions, else runs it."""
+        if getattr(func, "__name__", "") in self._functions:
+            return self._answer(LayerCall.bind(func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,164 @@
+"""Modules that stand in a layer's place and keep the layer's own forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from amct_pytorch.graph.layers import LayerKind
+from amct_pytorch.nn.intercept import CallInterceptor, LayerCall
+
+# Name of the submodule that holds the user's own module.
+INNER = "layer"
+
+
+class Wrapped(nn.Module):
+    """Stands in for a module, runs its forward and answers some of its torch calls.
+
+    Attributes that are not found here are looked up on the wrapped module, so that code of
+    the user's that reads ``self.conv.stride`` goes on working.
+
+    Args:
+        layer: the user's module.
+        functions: names of the torch functions to answer.
+        own: parameters of the stand-in itself, by name.
+    """
+
+    def __init__(
+        self, layer: nn.Module, functions: tuple[str, ...], **own: nn.Parameter
+    ) -> None:
+        super().__init__()
+        self.functions = functions
+        # Before the layer: from then on its attributes of the same names are found too.
+        for name, parameter in own.items():
+            self.register_parameter(name, parameter)
+        self.layer = layer
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == INNER:
+                raise
+            return getattr(super().__getattr__(INNER), name)
+
+    def answer(self, call: LayerCall) -> Tensor:
+        """What the caught call returns."""
+        raise NotImplementedError
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The wrapped module's forward with its call answered."""
+        with CallInterceptor(self.functions, self.answer):
+            return self.layer(*args, **kwargs)
+
+
+class SkippedNorm(Wrapped):
+    """A BatchNorm that was fused into the layer before it: passes its operand on.
+
+    Only the batch_norm call is left out; whatever else a subclass does in its forward (an
+    activation, say) still runs.
+    """
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__(norm, ("batch_norm",))
+
+    def answer(self, call: LayerCall) -> Tensor:
+        """The data operand as it is."""
+        return call.x
+
+
+class CompressedLayer(Wrapped):
+    """A layer whose operands the toolkit owns.
+
+    Holds the layer's final `weight` and `bias` (after fusion) and uses them in the layer's
+    one call, whatever weight its own forward computed. What happens in that call is up to
+    the `stage`, which the calibration flow sets; without one it is the float call.
+
+    Args:
+        name: the layer's dotted path.
+        kind: its row of the layer table.
+        layer: the user's module.
+        weight: weight operand of its call.
+        bias: bias operand or None, which becomes zeros so that a correction has a place.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter
+
+    def __init__(
+        self, name: str, kind: LayerKind, layer: nn.Module, weight: Tensor, bias: Tensor | None
+    ) -> None:
+        if not isinstance(weight, nn.Parameter):
+            weight = nn.Parameter(weight)
+        if bias is None:
+            bias = weight.new_zeros(weight.shape[kind.out_axis])
+        super().__init__(
+            layer,
+            kind.functions,
+            weight=weight.requires_grad_(False),
+            bias=nn.Parameter(bias.detach().clone(), requires_grad=False),
+        )
+        self.name = name
+        self.kind = kind
+        self.stage: Stage | None = None
+
+    def per_channel(self, values: Tensor, x: Tensor) -> Tensor:
+        """One value per channel, shaped to broadcast over the layer's input or output."""
+        shape = [1] * x.dim()
+        shape[self.kind.channel_axis] = -1
+        return values.view(shape)
+
+    def per_output(self, values: Tensor) -> Tensor:
+        """One value (or one per output channel), shaped to broadcast over the weight."""
+        shape = [1] * self.weight.dim()
+        shape[self.kind.out_axis] = -1
+        return values.view(shape)
+
+    def answer(self, call: LayerCall) -> Tensor:
+        """The call on the toolkit's operands, by the stage if there is one."""
+        if self.stage is None:
+            return call.run(call.x, self.weight, self.bias)
+        return self.stage.run(self, call)
+
+
+class Stage:
+    """What a `CompressedLayer` does with its call during one phase of a flow."""
+
+    def run(self, layer: CompressedLayer, call: LayerCall) -> Tensor:
+        """The call's result."""
+        raise NotImplementedError
+
+
+def compressed_layers(model: nn.Module) -> dict[str, CompressedLayer]:
+    """Every `CompressedLayer` in `model` by layer name, in module order."""
+    return {
+        module.name: module for module in model.modules() if isinstance(module, CompressedLayer)
+    }
+
+
+def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Puts `module` at the dotted `path`."""
+    parent_path, _, child = path.rpartition(".")
+    parent = model.get_submodule(parent_path)
+    parent._modules[child] = module
+
+
+def fuse_norm(weight: Tensor, bias: Tensor | None, norm: nn.Module, out_axis: int) -> tuple[
+    Tensor, Tensor
+]:
+    """Weight and bias of a layer with the BatchNorm behind it folded in.
+
+    w' = w * g / sqrt(v + eps) per output channel, b' = (b - m) * g / sqrt(v + eps) + beta,
+    computed in float64 and returned in the weight's dtype.
+    """
+    mean, variance = norm.running_mean.double(), norm.running_var.double()
+    gamma = torch.ones_like(mean) if norm.weight is None else norm.weight.double()
+    beta = torch.zeros_like(mean) if norm.bias is None else norm.bias.double()
+    factor = gamma / torch.sqrt(variance + norm.eps)
+    shape = [1] * weight.dim()
+    shape[out_axis] = -1
+    shift = -mean if bias is None else bias.double() - mean
+    fused = (weight.double() * factor.view(shape)).to(weight.dtype)
+    return fused, (shift * factor + beta).to(weight.dtype)

@@ -1,0 +1,115 @@
+"""IFMR: the activation range whose quantization error over the observed values is least."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from amct_pytorch.formats import IntFormat
+from amct_pytorch.observers.histogram import Histogram, PrefixSums
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """The knobs of IFMR; see the activation_quant_params of the calibration config.
+
+    Attributes:
+        max_percentile: share of values not above the search's upper starting point.
+        min_percentile: share of values not below its lower starting point.
+        search_range: smallest and largest multiple of a starting point that is tried.
+        search_step: distance of two multiples.
+    """
+
+    max_percentile: float = 0.999999
+    min_percentile: float = 0.999999
+    search_range: tuple[float, float] = (0.7, 1.3)
+    search_step: float = 0.01
+
+    def multiples(self) -> Tensor:
+        """The multiples that are tried, float64, with 1 always among them."""
+        start, end = self.search_range
+        number = math.floor((end - start) / self.search_step + 1e-9) + 1
+        grid = start + self.search_step * torch.arange(number, dtype=torch.float64)
+        return torch.cat([grid, torch.ones(1, dtype=torch.float64)])
+
+
+def starting_points(histogram: Histogram, settings: SearchSettings) -> tuple[float, float]:
+    """Where the search starts: (lo0 <= 0, hi0 >= 0).
+
+    hi0 is the k-th largest value with k = max(1, n - floor(max_percentile * n)), lo0 the
+    likewise k-th smallest.
+    """
+    n = histogram.total
+    k_high = max(1, n - math.floor(settings.max_percentile * n))
+    k_low = max(1, n - math.floor(settings.min_percentile * n))
+    low = min(histogram.kth_smallest(k_low), 0.0)
+    return low, max(histogram.kth_largest(k_high), 0.0)
+
+
+def squared_errors(
+    sums: PrefixSums, number_format: IntFormat, scale: Tensor, offset: Tensor
+) -> Tensor:
+    """Summed squared quantization error of every candidate, clipping included.
+
+    With the bins' cumulated moments S0, S1, S2, the bins that round to a level of value v
+    contribute S2 - 2 v S1 + v^2 S0, so a candidate costs one look-up per level.
+
+    Args:
+        sums: the histogram's prefix sums.
+        number_format: the integers to quantize to.
+        scale: candidates' scales, [n].
+        offset: candidates' offsets, [n].
+
+    Returns:
+        float64 [n].
+    """
+    codes = torch.arange(number_format.qmin, number_format.qmax + 1, dtype=torch.float64)
+    values = (codes - offset.double()[:, None]) * scale.double()[:, None]
+    inner = sums.index((values[:, 1:] + values[:, :-1]) / 2)
+    first = torch.zeros_like(inner[:, :1])
+    last = torch.full_like(first, sums.moments.shape[1] - 1)
+    s0, s1, s2 = sums.moments[:, torch.cat([first, inner, last], dim=1)].diff(dim=-1)
+    return (s2 - 2 * values * s1 + values * values * s0).sum(1)
+
+
+def search_range(
+    histogram: Histogram, settings: SearchSettings, number_format: IntFormat, *, symmetric: bool
+) -> tuple[float, int]:
+    """The scale and offset with the least mean squared error over the observed values.
+
+    Symmetric ranges move both ends together. Asymmetric ranges move the upper end with the
+    lower one fixed, as IFMR is defined, then the lower end, then the upper end once more;
+    the best range met on the way wins, so it is never worse than the definition's.
+
+    Args:
+        histogram: what was observed.
+        settings: starting points and multiples to try.
+        number_format: the integers to quantize to.
+        symmetric: whether the offset is fixed at 0.
+
+    Returns:
+        (scale, offset), the scale a float32 value.
+    """
+    low, high = starting_points(histogram, settings)
+    sums = histogram.prefix_sums()
+    multiples = settings.multiples()
+
+    def best(lows: Tensor, highs: Tensor) -> tuple[float, float, float, float, int]:
+        lows, highs = torch.broadcast_tensors(lows, highs)
+        scale, offset = number_format.factors(lows.float(), highs.float(), symmetric=symmetric)
+        errors = squared_errors(sums, number_format, scale, offset)
+        i = int(errors.argmin())
+        return float(errors[i]), float(lows[i]), float(highs[i]), float(scale[i]), int(offset[i])
+
+    if symmetric:
+        *_, scale, offset = best(multiples * low, multiples * high)
+        return scale, offset
+    found = [best(torch.tensor(low).double(), multiples * high)]
+    if low < 0:
+        found.append(best(multiples * low, torch.tensor(found[-1][2]).double()))
+        found.append(best(torch.tensor(found[-1][1]).double(), multiples * high))
+    *_, scale, offset = min(found)
+    return scale, offset
