@@ -1,0 +1,87 @@
+"""A quantized layer as it will be deployed: integers in, integers summed, one rescale out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from amct_pytorch.formats import IntFormat
+from amct_pytorch.nn.intercept import LayerCall
+from amct_pytorch.nn.wrapped import CompressedLayer, Stage
+from amct_pytorch.record.factors import LayerFactors
+
+
+@dataclass(frozen=True)
+class IntegerOperands:
+    """What a layer's call is run with when it computes on integers held in floats.
+
+    The numbers are those of the deploy model: the input is multiplied by the float32
+    1 / scale_d, the bias rounded at scale_w * scale_d, the sum multiplied by the float32
+    product of the scales.
+
+    Attributes:
+        activation: format of the input.
+        inverse_scale: float32 1 / scale_d.
+        offset: zero point of the input.
+        weight: integer values in the weight's dtype.
+        dequant_scale: float32 scale_w * scale_d, [1] or [out_channels].
+        bias: integer values, float64 [out_channels].
+    """
+
+    activation: IntFormat
+    inverse_scale: float
+    offset: int
+    weight: Tensor
+    dequant_scale: Tensor
+    bias: Tensor
+
+    @classmethod
+    def of(cls, layer: CompressedLayer, factors: LayerFactors) -> IntegerOperands:
+        """The operands of `layer` under complete `factors`."""
+        assert factors.scale_d is not None
+        device = layer.weight.device
+        scale_w = torch.tensor(factors.scale_w, dtype=torch.float32, device=device)
+        scale_d = torch.tensor(factors.scale_d, dtype=torch.float32)
+        weight = IntFormat(factors.weight_bits).quantize(
+            layer.weight.detach().float(), layer.per_output(scale_w)
+        )
+        dequant_scale = scale_w * scale_d.to(device)
+        return cls(
+            IntFormat(factors.activation_bits),
+            float(torch.tensor(1.0) / scale_d),
+            factors.offset_d,
+            weight,
+            dequant_scale,
+            integer_bias(layer.bias, dequant_scale),
+        )
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        """(q - offset) of the input in one buffer: rounding, then clipping shifted bounds."""
+        q = torch.mul(x.float(), self.inverse_scale).round_()
+        return q.clamp_(self.activation.qmin - self.offset, self.activation.qmax - self.offset)
+
+    def run(self, layer: CompressedLayer, call: LayerCall) -> Tensor:
+        """The call's result, in the input's dtype."""
+        sums = call.run(self.quantized_input(call.x), self.weight, self.bias.float())
+        return sums.mul_(layer.per_channel(self.dequant_scale, sums)).to(call.x.dtype)
+
+
+def integer_bias(bias: Tensor, dequant_scale: Tensor) -> Tensor:
+    """round(bias / (scale_w * scale_d)), half to even, float64."""
+    return torch.round(bias.detach().double() / dequant_scale.double())
+
+
+class Simulate(Stage):
+    """Runs each layer's call on its integer operands."""
+
+    def __init__(self, operands: dict[str, IntegerOperands]) -> None:
+        self._operands = operands
+
+    def run(self, layer: CompressedLayer, call: LayerCall) -> Tensor:
+        """The quantized result; the float one for a layer without operands."""
+        operands = self._operands.get(layer.name)
+        if operands is None:
+            return call.run(call.x, layer.weight, layer.bias)
+        return operands.run(layer, call)

@@ -1,0 +1,52 @@
+"""What is kept of a layer's output: channel means, a sample, and errors between samples."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Values of one output that are kept to compare float and quantized results on.
+SAMPLE_SIZE = 2**16
+
+
+def channel_means(y: Tensor, channel_axis: int) -> Tensor:
+    """Mean of each channel over all other axes, float64 [channels]."""
+    axis = channel_axis % y.dim()
+    others = [a for a in range(y.dim()) if a != axis]
+    total = y.sum(others, dtype=torch.float32) if others else y
+    return total.double() / max(1, y.numel() // max(1, y.shape[axis]))
+
+
+def sample(y: Tensor) -> Tensor:
+    """At most SAMPLE_SIZE values of `y` at even distances, float32, always the same ones."""
+    flat = y.detach().flatten()
+    # An odd distance does not fall into step with the even sizes of images.
+    step = math.ceil(flat.numel() / SAMPLE_SIZE) | 1
+    return flat[::step].float().clone()
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How near a quantized tensor is to its float original.
+
+    Attributes:
+        sqnr_db: 10 log10 of signal power over error power, dB; inf where they are equal.
+        cosine: cosine of the two as vectors; 1 where both are zero.
+    """
+
+    sqnr_db: float
+    cosine: float
+
+    @classmethod
+    def between(cls, original: Tensor, other: Tensor) -> Agreement:
+        """Compares two tensors of one shape, in float64."""
+        a, b = original.detach().double().flatten(), other.detach().double().flatten()
+        signal, noise = float(a.square().sum()), float((a - b).square().sum())
+        if noise == 0:
+            return cls(math.inf, 1.0)
+        sqnr = 10 * math.log10(signal / noise) if signal else -math.inf
+        norm = math.sqrt(signal * float(b.square().sum()))
+        return cls(sqnr, float(a @ b) / norm if norm else 0.0)
