@@ -7,6 +7,7 @@ Anything else that escapes from the toolkit is a defect of the toolkit.
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable
 
 
@@ -54,3 +55,48 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     """`` (did you mean 'x'?)`` with the nearest of `candidates`, or an empty string."""
     close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def shown(value: object) -> str:
+    """`value` as it would stand in a JSON file, shortened to fit on a line."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError):
+        text = repr(value)
+    except RecursionError:
+        text = f"a deeply nested {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+class ProblemList:
+    """Collects what is wrong with one file, so that one error can tell all of it.
+
+    Args:
+        source: the file's name, or another name for where the problems are.
+        error: class of the error that `raise_if_any` raises.
+    """
+
+    LIMIT = 10
+
+    def __init__(self, source: str, error: type[AmctError]) -> None:
+        self._source = source
+        self._error = error
+        self._texts: list[str] = []
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def add(self, text: str) -> None:
+        """Note one problem; `text` begins with the place and needs no full stop."""
+        self._texts.append(text)
+
+    def raise_if_any(self) -> None:
+        """Raise one error with up to `LIMIT` of the problems, and how many more there are."""
+        if not self._texts:
+            return
+        if len(self._texts) == 1:
+            raise self._error(f"{self._source}: {self._texts[0]}")
+        lines = [f"{self._source}: {len(self._texts)} problems", *self._texts[: self.LIMIT]]
+        if len(self._texts) > self.LIMIT:
+            lines.append(f"and {len(self._texts) - self.LIMIT} more")
+        raise self._error("\n  ".join(lines))
