@@ -1,0 +1,6 @@
+"""Messages of the protobuf schemas that the toolkit reads and writes."""
+
+from amct_pytorch.proto.calibration_config_pb2 import AMCTConfig
+from amct_pytorch.proto.scale_offset_record_pb2 import MapFiledEntry, ScaleOffsetRecord
+
+__all__ = ["AMCTConfig", "MapFiledEntry", "ScaleOffsetRecord"]

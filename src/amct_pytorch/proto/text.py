@@ -1,0 +1,92 @@
+"""Protobuf text format, with errors that say where and what was meant."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from google.protobuf import text_format
+from google.protobuf.descriptor import Descriptor
+from google.protobuf.message import Message
+
+from amct_pytorch.errors import AmctError, did_you_mean
+
+_UNKNOWN_FIELD = re.compile(r'Message type "([\w.]+)" has no field named "(.*)"\.')
+_UNKNOWN_VALUE = re.compile(r'Enum type "([\w.]+)" has no value named (.*)\.')
+
+
+def parse_text(
+    text: str, message: Message, source: str, error: type[AmctError], *, last_wins: bool
+) -> None:
+    """Parse protobuf text into `message`.
+
+    Args:
+        text: the whole file.
+        message: an empty message of the type expected; filled in place.
+        source: the file's name for error messages.
+        error: class of the error to raise.
+        last_wins: whether of an optional field given twice the later value counts; if not,
+            that is an error.
+
+    Raises:
+        AmctError: of class `error`; with line and column where the text does not parse, or
+            naming the required fields that are missing.
+    """
+    parse = text_format.Merge if last_wins else text_format.Parse
+    try:
+        parse(text, message)
+    except text_format.ParseError as caught:
+        where = f"line {caught.GetLine()}, column {caught.GetColumn()}"
+        raise error(f"{source}: {where}: {_explain(str(caught), message)}") from None
+    except (ValueError, RecursionError) as caught:
+        # Strings that are no UTF-8 are noticed by the message, which knows no position.
+        raise error(f"{source}: cannot be read as protobuf text: {_short(str(caught))}") from None
+    missing = message.FindInitializationErrors()
+    if missing:
+        raise error(f"{source}: required, but missing: {', '.join(missing[:10])}")
+
+
+def print_text(message: Message) -> str:
+    """`message` as protobuf text; floats in the shortest form that reads back the same."""
+    return str(text_format.MessageToString(message, as_utf8=True))
+
+
+def _explain(complaint: str, message: Message) -> str:
+    """Protobuf's complaint without its position, with the nearest name where one is wrong."""
+    complaint = re.sub(r"^\d+:\d+ : ", "", complaint)
+    unknown = _UNKNOWN_FIELD.search(complaint)
+    if unknown:
+        descriptor = _nested_types(message.DESCRIPTOR).get(unknown[1])
+        fields = [field.name for field in descriptor.fields] if descriptor else []
+        hint = did_you_mean(unknown[2], fields) or f"; allowed are {', '.join(fields)}"
+        return f"unknown field {_short(unknown[2])!r}{hint}"
+    unknown = _UNKNOWN_VALUE.search(complaint)
+    if unknown:
+        values = _enum_values(message.DESCRIPTOR, unknown[1])
+        return f"unknown value {_short(unknown[2])}; allowed are {', '.join(values)}"
+    return _short(complaint)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+def _nested_types(root: Descriptor) -> dict[str, Descriptor]:
+    """All message types that can occur inside `root`, itself included, by full name."""
+    found: dict[str, Descriptor] = {}
+    queue = [root]
+    while queue:
+        descriptor = queue.pop()
+        if descriptor.full_name not in found:
+            found[descriptor.full_name] = descriptor
+            queue += [field.message_type for field in descriptor.fields if field.message_type]
+    return found
+
+
+def _enum_values(root: Descriptor, enum_name: str) -> list[str]:
+    for descriptor in _nested_types(root).values():
+        field: Any
+        for field in descriptor.fields:
+            if field.enum_type is not None and field.enum_type.full_name == enum_name:
+                return [value.name for value in field.enum_type.values]
+    return []
