@@ -23,14 +23,14 @@ class ModelGraph:
         layers: every layer of a known kind, quantizable or not, in module order.
         fusable_norms: BatchNorm module directly behind a layer and behind nothing else,
             by layer name.
-        run_order: layer names in the order in which their calls ran.
+        calls: the one call of each layer that made exactly one, in the order they ran.
         module_names: every dotted module path of the model.
         trace: the run itself.
     """
 
     layers: tuple[SeenLayer, ...]
     fusable_norms: dict[str, str]
-    run_order: tuple[str, ...]
+    calls: dict[str, OpCall]
     module_names: tuple[str, ...]
     trace: Trace
 
@@ -79,12 +79,12 @@ def look_at(model: nn.Module, inputs: ModelInputs) -> ModelGraph:
         if len(own_calls) == 1:
             calls[path] = own_calls[0]
         layers.append(_describe(path, module, kind, reason, own_calls))
-    run_order = tuple(sorted(calls, key=lambda path: calls[path].index))
+    calls = dict(sorted(calls.items(), key=lambda item: item[1].index))
     quantizable = {layer.name: calls[layer.name] for layer in layers if layer.quantizable}
     return ModelGraph(
         tuple(layers),
         _find_fusable_norms(watched, trace, quantizable),
-        run_order,
+        calls,
         tuple(path for path, _ in model.named_modules() if path),
         trace,
     )

@@ -2,38 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from amct_pytorch.algorithms.bias_correction import BiasCorrection
 from amct_pytorch.errors import CalibrationError
 from amct_pytorch.nn.intercept import LayerCall
-from amct_pytorch.nn.simulate import IntegerOperands, integer_bias
+from amct_pytorch.nn.simulate import IntegerOperands, integer_bias, without_autograd
 from amct_pytorch.nn.wrapped import CompressedLayer, Stage
 from amct_pytorch.observers.histogram import Histogram
-from amct_pytorch.observers.statistics import Agreement, channel_means, sample
+from amct_pytorch.observers.statistics import Agreement, LayerStatistics, channel_means, sample
 
 
-@dataclass
-class LayerStatistics:
-    """What was observed of one layer in the float network.
-
-    Attributes:
-        inputs: histogram of its input over all batches.
-        output_low: smallest output over all batches.
-        output_high: largest output.
-        means: mean of each output channel, by number of the batch kept for solving.
-        output: sample of its output on the last batch kept for solving.
-    """
-
-    inputs: Histogram = field(default_factory=Histogram)
-    outputs: Histogram | None = None
-    means: dict[int, Tensor] = field(default_factory=dict)
-    output: Tensor | None = None
-
-
-@dataclass
+@dataclass(frozen=True)
 class LayerErrors:
     """Agreement of one layer's output with the float network's, everything before quantized.
 
@@ -51,18 +34,31 @@ class LayerErrors:
 class Observe(Stage):
     """Runs the float network and collects `LayerStatistics`.
 
+    Args:
+        names: the layers.
+        with_outputs: those whose output range is wanted too.
+
     Attributes:
-        batch: number of the present batch.
+        statistics: by layer.
         kept: whether the present batch will be run again to solve.
+        last_kept: number of the last such batch.
     """
 
     def __init__(self, names: list[str], with_outputs: frozenset[str]) -> None:
         self.statistics = {name: LayerStatistics() for name in names}
         for name in with_outputs:
             self.statistics[name].outputs = Histogram()
-        self.batch = 0
         self.kept = False
+        self.last_kept = 0
+        self._batch = 0
 
+    def begin(self, batch: int, *, kept: bool) -> None:
+        """Says which batch comes next."""
+        self._batch, self.kept = batch, kept
+        if kept:
+            self.last_kept = batch
+
+    @without_autograd
     def run(self, layer: CompressedLayer, call: LayerCall) -> Tensor:
         """The float result."""
         statistics = self.statistics[layer.name]
@@ -71,14 +67,14 @@ class Observe(Stage):
         except ValueError:
             raise CalibrationError(
                 f"the input of layer {layer.name!r} holds NaN or infinity in calibration batch "
-                f"{self.batch}; check the calibration data and the layers before this one"
+                f"{self._batch + 1}; check the calibration data and the layers before this one"
             ) from None
         y = call.run(call.x, layer.weight, layer.bias)
         if statistics.outputs is not None:
             statistics.outputs.update(y)
         if self.kept:
-            statistics.means[self.batch] = channel_means(y, layer.kind.channel_axis)
-            statistics.output = sample(y)
+            statistics.means[self._batch] = channel_means(y, layer.kind.channel_axis)
+            statistics.output = (self._batch, sample(y))
         return y
 
 
@@ -94,8 +90,6 @@ class Solve(Stage):
         corrections: running corrections by layer; empty where none are wanted.
 
     Attributes:
-        batch: number of the present batch.
-        last: whether it is the last one, on which errors are measured.
         errors: by layer, after the last batch.
     """
 
@@ -105,55 +99,54 @@ class Solve(Stage):
         statistics: dict[str, LayerStatistics],
         corrections: dict[str, BiasCorrection],
     ) -> None:
-        self.operands = operands
-        self.batch = 0
-        self.last = False
         self.errors: dict[str, LayerErrors] = {}
+        self._operands = operands
         self._statistics = statistics
         self._corrections = corrections
+        self._batch = 0
+        self._last = False
 
+    def begin(self, batch: int, *, last: bool) -> None:
+        """Says which batch comes next, and whether errors are measured on it."""
+        self._batch, self._last = batch, last
+
+    @without_autograd
     def run(self, layer: CompressedLayer, call: LayerCall) -> Tensor:
         """The quantized result with the bias as corrected so far."""
-        operands = self.operands.get(layer.name)
+        operands = self._operands.get(layer.name)
         if operands is None:
             return call.run(call.x, layer.weight, layer.bias)
         y = operands.run(layer, call)
         statistics = self._statistics[layer.name]
-        means = statistics.means.get(self.batch)
+        measured = None
+        if self._last and statistics.output is not None and statistics.output[0] == self._batch:
+            measured = statistics.output[1]
         correction = self._corrections.get(layer.name)
-        original = sample(y) if self.last else None
-        shift = None
-        if correction is not None and means is not None:
-            before = correction.change
-            shift = correction.update(means, channel_means(y, layer.kind.channel_axis))
-            if original is not None:
-                original = sample(y - layer.per_channel(before.to(y.dtype), y))
-            y += layer.per_channel(shift.to(y.dtype), y)
-        if self.last and statistics.output is not None and original is not None:
-            y = self._measure(layer, y, original, statistics.output, correction)
-        return y
-
-    def _measure(
-        self,
-        layer: CompressedLayer,
-        y: Tensor,
-        uncorrected: Tensor,
-        target: Tensor,
-        correction: BiasCorrection | None,
-    ) -> Tensor:
-        """Notes the layer's errors; takes a correction back that made them larger."""
-        was = Agreement.between(target, uncorrected)
-        now = Agreement.between(target, sample(y)) if correction else was
-        if correction is not None and now.sqnr_db < was.sqnr_db:
-            y -= layer.per_channel(correction.change.to(y.dtype), y)
-            correction.undo()
-            self.errors[layer.name] = LayerErrors(was, was, corrected=False)
-        else:
-            self.errors[layer.name] = LayerErrors(was, now, corrected=correction is not None)
+        means = statistics.means.get(self._batch)
+        if correction is None or means is None:
+            if measured is not None:
+                agreement = Agreement.between(measured, sample(y))
+                self.errors[layer.name] = LayerErrors(agreement, agreement, corrected=False)
+            return y
+        before = correction.change
+        uncorrected = sample(_minus(layer, y, before)) if measured is not None else None
+        y += layer.per_channel(
+            correction.update(means, channel_means(y, layer.kind.channel_axis)).to(y.dtype), y
+        )
+        if measured is not None and uncorrected is not None:
+            was, now = Agreement.between(measured, uncorrected), Agreement.between(measured, sample(y))
+            corrected = now.sqnr_db >= was.sqnr_db
+            self.errors[layer.name] = LayerErrors(was, now if corrected else was, corrected)
+            if not corrected:
+                y = _minus(layer, y, correction.change)
+                correction.undo()
+        bias = integer_bias(correction.bias, operands.dequant_scale)
+        self._operands[layer.name] = replace(operands, bias=bias)
         return y
 
 
-def apply_correction(layer: CompressedLayer, bias: Tensor, operands: IntegerOperands) -> Tensor:
-    """Sets the layer's bias and returns the integer bias that goes with it."""
-    layer.bias.data.copy_(bias.to(layer.bias.dtype))
-    return integer_bias(layer.bias, operands.dequant_scale)
+def _minus(layer: CompressedLayer, y: Tensor, change: Tensor) -> Tensor:
+    """`y` without a change of the bias."""
+    if not torch.any(change):
+        return y
+    return y - layer.per_channel(change.to(y.dtype), y)

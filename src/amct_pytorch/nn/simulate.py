@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -73,12 +76,31 @@ def integer_bias(bias: Tensor, dequant_scale: Tensor) -> Tensor:
     return torch.round(bias.detach().double() / dequant_scale.double())
 
 
+R = TypeVar("R")
+P = ParamSpec("P")
+
+
+def without_autograd(function: Callable[P, R]) -> Callable[P, R]:
+    """Runs `function` without gradients and outside the caller's inference mode.
+
+    What it keeps is then an ordinary tensor, which may be changed later in any mode.
+    """
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return run
+
+
 class Simulate(Stage):
     """Runs each layer's call on its integer operands."""
 
     def __init__(self, operands: dict[str, IntegerOperands]) -> None:
         self._operands = operands
 
+    @without_autograd
     def run(self, layer: CompressedLayer, call: LayerCall) -> Tensor:
         """The quantized result; the float one for a layer without operands."""
         operands = self._operands.get(layer.name)

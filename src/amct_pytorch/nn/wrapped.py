@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from amct_pytorch.graph.layers import LayerKind
@@ -52,21 +51,6 @@ class Wrapped(nn.Module):
         """The wrapped module's forward with its call answered."""
         with CallInterceptor(self.functions, self.answer):
             return self.layer(*args, **kwargs)
-
-
-class SkippedNorm(Wrapped):
-    """A BatchNorm that was fused into the layer before it: passes its operand on.
-
-    Only the batch_norm call is left out; whatever else a subclass does in its forward (an
-    activation, say) still runs.
-    """
-
-    def __init__(self, norm: nn.Module) -> None:
-        super().__init__(norm, ("batch_norm",))
-
-    def answer(self, call: LayerCall) -> Tensor:
-        """The data operand as it is."""
-        return call.x
 
 
 class CompressedLayer(Wrapped):
@@ -143,22 +127,3 @@ def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
     parent_path, _, child = path.rpartition(".")
     parent = model.get_submodule(parent_path)
     parent._modules[child] = module
-
-
-def fuse_norm(weight: Tensor, bias: Tensor | None, norm: nn.Module, out_axis: int) -> tuple[
-    Tensor, Tensor
-]:
-    """Weight and bias of a layer with the BatchNorm behind it folded in.
-
-    w' = w * g / sqrt(v + eps) per output channel, b' = (b - m) * g / sqrt(v + eps) + beta,
-    computed in float64 and returned in the weight's dtype.
-    """
-    mean, variance = norm.running_mean.double(), norm.running_var.double()
-    gamma = torch.ones_like(mean) if norm.weight is None else norm.weight.double()
-    beta = torch.zeros_like(mean) if norm.bias is None else norm.bias.double()
-    factor = gamma / torch.sqrt(variance + norm.eps)
-    shape = [1] * weight.dim()
-    shape[out_axis] = -1
-    shift = -mean if bias is None else bias.double() - mean
-    fused = (weight.double() * factor.view(shape)).to(weight.dtype)
-    return fused, (shift * factor + beta).to(weight.dtype)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from amct_pytorch.observers.histogram import Histogram
 
 # Values of one output that are kept to compare float and quantized results on.
 SAMPLE_SIZE = 2**16
@@ -26,6 +28,23 @@ def sample(y: Tensor) -> Tensor:
     # An odd distance does not fall into step with the even sizes of images.
     step = math.ceil(flat.numel() / SAMPLE_SIZE) | 1
     return flat[::step].float().clone()
+
+
+@dataclass
+class LayerStatistics:
+    """What was observed of one layer in the float network.
+
+    Attributes:
+        inputs: histogram of its input over all batches.
+        outputs: histogram of its output over all batches, where that is wanted.
+        means: mean of each output channel, by number of a batch that will be run again.
+        output: number of the last such batch and a sample of the layer's output on it.
+    """
+
+    inputs: Histogram = field(default_factory=Histogram)
+    outputs: Histogram | None = None
+    means: dict[int, Tensor] = field(default_factory=dict)
+    output: tuple[int, Tensor] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,83 @@
+"""From what was observed of a layer to its factors."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from amct_pytorch.algorithms.arq import arq_scale, floored_for_bias
+from amct_pytorch.config.models import CalibrationConfig, IfmrParams
+from amct_pytorch.formats import IntFormat
+from amct_pytorch.graph.layers import LayerKind
+from amct_pytorch.observers.histogram import Histogram
+from amct_pytorch.observers.range_search import SearchSettings, search_range
+from amct_pytorch.record.factors import LayerFactors
+
+# Largest integer bias. It leaves a layer's float32 sums room below 2^24, where they are exact.
+BIAS_LIMIT = 2**23
+FP16_NORMAL = (2.0**-14, 65504.0)
+
+
+def weight_factors(
+    name: str, config: CalibrationConfig, kind: LayerKind, weight: Tensor
+) -> LayerFactors:
+    """The factors that depend on the weights alone."""
+    params = config.layers[name].weight_quant_params
+    scale = arq_scale(
+        weight, IntFormat(params.num_bits), kind.out_axis, channel_wise=params.channel_wise
+    )
+    return LayerFactors(
+        scale_w=tuple(scale.tolist()),
+        weight_bits=params.num_bits,
+        skip_fusion=not config.do_fusion or name in config.skip_fusion_layers,
+        fakequant_precision_mode=config.fakequant_precision_mode or "DEFAULT",
+    )
+
+
+def complete_factors(
+    name: str,
+    config: CalibrationConfig,
+    known: LayerFactors,
+    bias: Tensor,
+    inputs: Histogram,
+) -> LayerFactors:
+    """Adds the input's factors, and widens weight scales that the bias would overflow.
+
+    Args:
+        name: the layer.
+        config: the calibration config.
+        known: its weight factors.
+        bias: its bias after fusion, [out_channels].
+        inputs: what was observed of its input.
+    """
+    params = config.layers[name].activation_quant_params
+    assert isinstance(params, IfmrParams)
+    settings = SearchSettings(
+        params.max_percentile, params.min_percentile, params.search_range, params.search_step
+    )
+    activation = IntFormat(params.num_bits)
+    scale_d, offset_d = search_range(
+        inputs, settings, activation, symmetric=not config.asymmetric(name)
+    )
+    if known.fakequant_precision_mode == "FORCE_FP16_QUANT":
+        scale_d = fp16_scale(scale_d)
+    scale_w = floored_for_bias(torch.tensor(known.scale_w), scale_d, bias.cpu(), BIAS_LIMIT)
+    return LayerFactors(
+        scale_w=tuple(scale_w.tolist()),
+        scale_d=scale_d,
+        offset_d=offset_d,
+        weight_bits=known.weight_bits,
+        activation_bits=params.num_bits,
+        skip_fusion=known.skip_fusion,
+        fakequant_precision_mode=known.fakequant_precision_mode,
+    )
+
+
+def fp16_scale(scale: float) -> float:
+    """`scale` rounded to float16; beyond its normal range, its square root is rounded."""
+    low, high = FP16_NORMAL
+    if low <= scale <= high:
+        return float(torch.tensor(scale).half())
+    return float(torch.tensor(math.sqrt(scale)).half().float() ** 2)

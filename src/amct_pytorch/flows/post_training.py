@@ -1,0 +1,289 @@
+"""Post-training quantization: create_quant_config, quantize_model, save_model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from amct_pytorch.config.availability import check_available
+from amct_pytorch.config.calibration_cfg import calibration_config_from_cfg
+from amct_pytorch.config.calibration_json import dump_calibration_json, load_calibration_json
+from amct_pytorch.config.cfg_file import parse_calibration_cfg
+from amct_pytorch.config.defaults import default_calibration_config
+from amct_pytorch.config.models import CalibrationConfig
+from amct_pytorch.errors import ConfigError, ModelError, RecordError
+from amct_pytorch.files import PathLike, check_writable, write_whole
+from amct_pytorch.flows.arguments import public_call
+from amct_pytorch.flows.calibration import Calibration, CalibrationResult
+from amct_pytorch.flows.outputs import output_path
+from amct_pytorch.graph.layers import LAYER_KINDS
+from amct_pytorch.graph.look import ModelGraph, look_at
+from amct_pytorch.graph.tensors import ModelInputs
+from amct_pytorch.logs import logger, start_logging
+from amct_pytorch.nn.instrument import instrument
+from amct_pytorch.nn.wrapped import compressed_layers
+from amct_pytorch.record.factors import LayerFactors
+from amct_pytorch.record.fingerprint import fingerprint
+from amct_pytorch.record.record_file import RecordFile, read_record, write_record
+from amct_pytorch.report.build import calibration_ledger
+from amct_pytorch.report.ledger import Ledger
+from amct_pytorch.report.table import ledger_table
+
+if TYPE_CHECKING:
+    import onnx
+
+LEDGER_KEY = "amct.ledger"
+FINGERPRINT_KEY = "amct.fingerprint"
+
+InputData = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+
+
+@public_call
+def create_quant_config(
+    config_file: PathLike,
+    model: nn.Module,
+    input_data: InputData,
+    skip_layers: Iterable[str] | None = None,
+    batch_num: int = 1,
+    activation_offset: bool = True,
+    config_defination: PathLike | None = None,
+) -> None:
+    """Finds every quantizable layer and writes the calibration config as JSON.
+
+    The model is run once on `input_data` to see which layers there are. Layers that cannot be
+    quantized (reused, tied, never run, …) are left out with a log line that says why.
+
+    Args:
+        config_file: JSON file to write.
+        model: with its weights, on any device; left untouched.
+        input_data: a tuple of tensors for its forward, a bare tensor, a list, or a dict of
+            keyword inputs.
+        skip_layers: names of layers to leave in float.
+        batch_num: forward passes that calibration will observe, >= 1.
+        activation_offset: whether layer inputs get a zero point (asymmetric).
+        config_defination: protobuf-text ``.cfg`` (message AMCTConfig). With it, the other
+            optional arguments are ignored. Also accepted as `config_definition`.
+
+    Raises:
+        AmctError: naming the argument, file or layer, what was found and what is allowed.
+    """
+    start_logging(to_file=True)
+    inputs = ModelInputs.of(input_data)
+    check_writable(config_file, "config_file")
+    message = None if config_defination is None else parse_calibration_cfg(config_defination)
+    graph = look_at(model, inputs)
+    if message is None:
+        config = default_calibration_config(
+            graph.layers,
+            batch_num=batch_num,
+            activation_offset=activation_offset,
+            skip_layers=skip_layers,
+        )
+    else:
+        config = calibration_config_from_cfg(
+            message, graph.layers, graph.module_names, str(config_defination)
+        )
+    if not config.layers:
+        raise ModelError(_nothing_to_quantize(graph))
+    write_whole(config_file, dump_calibration_json(config).encode(), what="config_file")
+
+
+@public_call
+def quantize_model(
+    config_file: PathLike,
+    modfied_onnx_file: PathLike,
+    record_file: PathLike,
+    model: nn.Module,
+    input_data: InputData,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    dynamic_axes: Mapping[str, Mapping[int, str] | Sequence[int]] | None = None,
+) -> nn.Module:
+    """Prepares a copy of the model for calibration.
+
+    Conv+BN is fused, the fused float model written to `modfied_onnx_file` and `record_file`
+    begun. Run `batch_num` forward passes on the returned module: it returns the float output
+    until the last of them has run; then ranges are searched, biases corrected, both files
+    completed, and it returns the simulated quantized output. Further passes change no file.
+
+    Args:
+        config_file: JSON written by `create_quant_config`.
+        modfied_onnx_file: ONNX file to write. Also accepted as `modified_onnx_file` and
+            `modified_onnx_model`.
+        record_file: record file to write.
+        model: as given to `create_quant_config`; left untouched.
+        input_data: example inputs, as there.
+        input_names: names of the ONNX model's inputs.
+        output_names: names of its outputs.
+        dynamic_axes: ``{name: {axis: label}}`` or ``{name: [axes]}``.
+
+    Returns:
+        The calibration model, in eval mode, on the model's device.
+
+    Raises:
+        AmctError: naming the argument, file or layer, what was found and what is allowed;
+            nothing is written then.
+    """
+    from amct_pytorch.export.float_model import check_names, export_float
+    from amct_pytorch.export.onnx_file import save_onnx
+
+    start_logging(to_file=True)
+    inputs = ModelInputs.of(input_data)
+    check_names(inputs, input_names, output_names, dynamic_axes)
+    onnx_path = check_writable(modfied_onnx_file, "modfied_onnx_file")
+    record_path = check_writable(record_file, "record_file")
+    started = time.perf_counter()
+    graph = look_at(model, inputs)
+    config = load_calibration_json(config_file, graph.layers, graph.module_names)
+    check_available(config, str(config_file))
+    names = list(config.enabled_layers())
+    if not names:
+        raise ConfigError(f"{config_file}: no layer is enabled; {_nothing_to_quantize(graph)}")
+    fused = _fused_norms(graph, config)
+    instrumented = instrument(model, graph, inputs, names, fused)
+    looked = time.perf_counter()
+    float_model = export_float(
+        instrumented,
+        inputs,
+        input_names=input_names,
+        output_names=output_names,
+        dynamic_axes=dynamic_axes,
+    )
+    seconds = {"look and fuse": looked - started, "export": time.perf_counter() - looked}
+
+    def finished(result: CalibrationResult) -> None:
+        started = time.perf_counter()
+        ledger = calibration_ledger(graph, config, fused, result, seconds | result.seconds)
+        biases = {name: layer.bias for name, layer in compressed_layers(instrumented).items()}
+        _complete_onnx(onnx_path, biases, result, ledger)
+        write_record(record_path, RecordFile(factors=dict(result.factors)), announce=False)
+        logger.info("calibration files written in %.2f s", time.perf_counter() - started)
+        _warn_if_poor(ledger)
+
+    calibration = Calibration(instrumented, config, frozenset(), finished)
+    save_onnx(float_model, onnx_path, what="modfied_onnx_file")
+    write_record(record_path, RecordFile(factors=calibration.initial_factors()))
+    return instrumented
+
+
+@public_call
+def save_model(modfied_onnx_file: PathLike, record_file: PathLike, save_path: PathLike) -> None:
+    """Writes the fake-quant and the deploy model from the two files of `quantize_model`.
+
+    Also writes ``<save_path>_ledger.json`` and prints the ledger as a table.
+
+    Args:
+        modfied_onnx_file: ONNX file that calibration completed. Also accepted as
+            `modified_onnx_file` and `modified_onnx_model`.
+        record_file: record file that calibration completed.
+        save_path: folder and prefix: ``<save_path>_fake_quant_model.onnx`` and
+            ``<save_path>_deploy_model.onnx`` are written; with an empty prefix (a path that
+            ends with a separator), the names begin at ``fake_quant_model.onnx``.
+
+    Raises:
+        AmctError: naming the file or layer; nothing is written then.
+    """
+    from amct_pytorch.export.deploy import build_deploy
+    from amct_pytorch.export.fake_quant import build_fake_quant
+    from amct_pytorch.export.onnx_file import load_onnx, save_onnx
+
+    start_logging(to_file=True)
+    started = time.perf_counter()
+    targets = {name: output_path(save_path, name) for name in ("fake_quant", "deploy", "ledger")}
+    for path in targets.values():
+        check_writable(path, "save_path")
+    float_model = load_onnx(modfied_onnx_file, "modfied_onnx_file")
+    record = read_record(record_file)
+    factors = record.factors
+    deploy = build_deploy(float_model, factors)
+    fake_quant = build_fake_quant(float_model, factors)
+    ledger = _stored_ledger(float_model, factors)
+    save_onnx(fake_quant, targets["fake_quant"], what="save_path")
+    save_onnx(deploy, targets["deploy"], what="save_path")
+    ledger.bytes = {
+        "float": Path(modfied_onnx_file).stat().st_size,
+        "fake-quant": targets["fake_quant"].stat().st_size,
+        "deploy": targets["deploy"].stat().st_size,
+    }
+    ledger.seconds["save"] = time.perf_counter() - started
+    write_whole(targets["ledger"], ledger.to_json(indent=4).encode(), what="save_path")
+    print(ledger_table(ledger))
+    _warn_if_poor(ledger)
+
+
+def _fused_norms(graph: ModelGraph, config: CalibrationConfig) -> dict[str, str]:
+    """The BatchNorm to fold into each enabled layer, by layer name."""
+    if not config.do_fusion:
+        return {}
+    return {
+        name: norm
+        for name, norm in graph.fusable_norms.items()
+        if name in config.enabled_layers() and name not in config.skip_fusion_layers
+    }
+
+
+def _nothing_to_quantize(graph: ModelGraph) -> str:
+    if not graph.layers:
+        return f"the model has no layer that can be quantized; such are {', '.join(LAYER_KINDS)}"
+    if any(layer.quantizable for layer in graph.layers):
+        return "set quant_enable of at least one layer to true"
+    reasons = "; ".join(f"{layer.name or 'the model'}: {layer.reason}" for layer in graph.layers)
+    return f"no layer of the model can be quantized; {reasons}"
+
+
+def _complete_onnx(
+    path: Path, biases: Mapping[str, Tensor], result: CalibrationResult, ledger: Ledger
+) -> None:
+    """Rewrites the modified ONNX with its final biases and the calibration's metadata."""
+    from amct_pytorch.export.calibrated import complete
+    from amct_pytorch.export.onnx_file import load_onnx, save_onnx
+
+    model = load_onnx(path, "modfied_onnx_file")
+    complete(
+        model,
+        {name: biases[name].detach().float().cpu().numpy() for name in result.factors},
+        {FINGERPRINT_KEY: fingerprint(result.factors), LEDGER_KEY: ledger.to_json()},
+    )
+    save_onnx(model, path, what="modfied_onnx_file", announce=False)
+
+
+def _stored_ledger(model: onnx.ModelProto, factors: Mapping[str, LayerFactors]) -> Ledger:
+    """The ledger that calibration left in the modified ONNX."""
+    stored = {entry.key: entry.value for entry in model.metadata_props}
+    if LEDGER_KEY not in stored:
+        raise RecordError(
+            "the modified ONNX model has not been completed by calibration: run batch_num "
+            "forward passes of the module that quantize_model returned first"
+        )
+    ledger = Ledger.from_json(stored[LEDGER_KEY])
+    if stored.get(FINGERPRINT_KEY) != fingerprint(factors):
+        note = (
+            "the record's factors are not those the ONNX model was calibrated with (edited, or "
+            "from another run): errors in this ledger are of the calibration's own factors"
+        )
+        logger.warning(note)
+        ledger.notes.append(note)
+    return ledger
+
+
+def _warn_if_poor(ledger: Ledger) -> None:
+    """Says loudly that the quantized model has little to do with the float one."""
+    if ledger.output is None or not ledger.output.poor:
+        return
+    worst = sorted(
+        (entry for entry in ledger.layers if entry.sqnr_db is not None),
+        key=lambda entry: entry.sqnr_db or 0.0,
+    )[:3]
+    names = ", ".join(f"{entry.name} ({entry.sqnr_db:.1f} dB)" for entry in worst)
+    logger.warning(
+        "POOR AGREEMENT: the quantized model's output has SQNR %s dB and cosine %.4f against the "
+        "float model on calibration data. Worst layers: %s. Give more, or more typical, "
+        "calibration data, or leave these layers in float (quant_enable false).",
+        "inf" if ledger.output.sqnr_db is None else f"{ledger.output.sqnr_db:.1f}",
+        ledger.output.cosine,
+        names,
+    )

@@ -1,0 +1,132 @@
+"""Putting the toolkit's modules into a copy of the user's model: the one place that does it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from amct_pytorch.errors import ModelError
+from amct_pytorch.graph.layers import LAYER_KINDS, SeenLayer
+from amct_pytorch.graph.look import ModelGraph, copy_model, kind_of
+from amct_pytorch.graph.tensors import ModelInputs
+from amct_pytorch.graph.trace import Operand
+from amct_pytorch.nn.fuse_norm import SkippedNorm, fuse_norm
+from amct_pytorch.nn.intercept import LayerCall
+from amct_pytorch.nn.wrapped import CompressedLayer, Wrapped, replace_module
+
+
+def instrument(
+    model: nn.Module,
+    graph: ModelGraph,
+    inputs: ModelInputs,
+    names: Iterable[str],
+    fused: Mapping[str, str],
+) -> nn.Module:
+    """A copy of `model` in eval mode with each named layer made a `CompressedLayer`.
+
+    Args:
+        model: the user's model, left as it is.
+        graph: what a look at it found.
+        inputs: arguments to run it on, where a layer computes its weight in its forward.
+        names: the layers to wrap, all quantizable.
+        fused: BatchNorm module to fold into each layer, by layer name; it is then skipped.
+
+    Raises:
+        ModelError: a weight, bias or BatchNorm holds NaN or infinity, or the model cannot be
+            copied or run.
+    """
+    copied = copy_model(model)
+    wanted = set(names)
+    layers = [layer for layer in graph.layers if layer.name in wanted]
+    operands = _operands(copied, graph, inputs, layers)
+    for layer in layers:
+        weight, bias = operands[layer.name]
+        kind = LAYER_KINDS[layer.kind]
+        _check_finite(layer.name, weight, bias)
+        norm_name = fused.get(layer.name)
+        if norm_name is not None:
+            norm = copied.get_submodule(norm_name)
+            fused_weight, bias = fuse_norm(weight, bias, norm, kind.out_axis)
+            _check_finite(f"{layer.name} with {norm_name} fused", fused_weight, bias)
+            with torch.no_grad():
+                weight.copy_(fused_weight)
+            replace_module(copied, norm_name, SkippedNorm(norm))
+        module = copied.get_submodule(layer.name)
+        replace_module(copied, layer.name, CompressedLayer(layer.name, kind, module, weight, bias))
+    return copied
+
+
+def _operands(
+    model: nn.Module, graph: ModelGraph, inputs: ModelInputs, layers: Iterable[SeenLayer]
+) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """Weight and bias operand of each layer's call: parameters where they are parameters."""
+    parameters = dict(model.named_parameters())
+    found: dict[str, tuple[Tensor, Tensor | None]] = {}
+    computed = []
+    for layer in layers:
+        call = graph.calls[layer.name]
+        weight, bias = call.argument(1, "weight"), call.argument(2, "bias")
+        names = [op.parameter for op in (weight, bias) if isinstance(op, Operand)]
+        if all(name in parameters for name in names):
+            tensors = [parameters[name] for name in names if name is not None]
+            found[layer.name] = (tensors[0], tensors[1] if len(tensors) > 1 else None)
+        else:
+            computed.append(layer.name)
+    found.update(_captured(model, inputs, computed))
+    return found
+
+
+class _Capture(Wrapped):
+    """Runs a layer as it is and keeps the operands of its call."""
+
+    operands: tuple[Tensor, Tensor | None] | None = None
+
+    def answer(self, call: LayerCall) -> Tensor:
+        bias = None if call.bias is None else call.bias.detach().clone()
+        self.operands = (call.weight.detach().clone(), bias)
+        return call.run(call.x, call.weight, call.bias)
+
+
+def _captured(
+    model: nn.Module, inputs: ModelInputs, names: Iterable[str]
+) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """The operands that layers compute in their forward (weight standardisation, say)."""
+    names = list(names)
+    if not names:
+        return {}
+    originals = {name: model.get_submodule(name) for name in names}
+    captures = {}
+    for name, module in originals.items():
+        captures[name] = _Capture(module, _functions(module))
+        replace_module(model, name, captures[name])
+    try:
+        with torch.no_grad():
+            inputs.call(model)
+    finally:
+        for name, module in originals.items():
+            replace_module(model, name, module)
+    operands = {}
+    for name, capture in captures.items():
+        if capture.operands is None:
+            raise ModelError(f"layer {name!r} ran in one forward of the model and not in the next")
+        operands[name] = capture.operands
+    return operands
+
+
+def _functions(module: nn.Module) -> tuple[str, ...]:
+    kind = kind_of(module)
+    assert kind is not None
+    return kind.functions
+
+
+def _check_finite(name: str, weight: Tensor, bias: Tensor | None) -> None:
+    for what, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None or bool(torch.isfinite(tensor).all()):
+            continue
+        number = int((~torch.isfinite(tensor)).sum())
+        raise ModelError(
+            f"the {what} of layer {name!r} holds {number} values that are NaN or infinite; "
+            "load a sound checkpoint, or skip the layer"
+        )

@@ -1,0 +1,93 @@
+"""Writing a flow's results down as a ledger."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from amct_pytorch.config.models import CalibrationConfig
+from amct_pytorch.graph.layers import SeenLayer
+from amct_pytorch.graph.look import ModelGraph
+from amct_pytorch.report.ledger import LayerEntry, Ledger, decibels
+
+if TYPE_CHECKING:
+    from amct_pytorch.flows.calibration import CalibrationResult
+
+
+def calibration_ledger(
+    graph: ModelGraph,
+    config: CalibrationConfig,
+    fused: Mapping[str, str],
+    result: CalibrationResult,
+    seconds: Mapping[str, float],
+) -> Ledger:
+    """The ledger of one post-training calibration.
+
+    Args:
+        graph: what a look at the model found.
+        config: the calibration config.
+        fused: BatchNorm folded into each layer, by layer name.
+        result: what calibration found.
+        seconds: wall time of each step.
+    """
+    entries = [
+        _quantized(layer, fused, result)
+        if layer.name in result.factors
+        else _left_alone(layer, config, result)
+        for layer in graph.layers
+    ]
+    rounded = {name: round(value, 4) for name, value in seconds.items()}
+    return Ledger("quantize_model", entries, result.output, rounded)
+
+
+def _parameters(layer: SeenLayer) -> int:
+    return math.prod(layer.weight_shape)
+
+
+def _left_alone(
+    layer: SeenLayer, config: CalibrationConfig, result: CalibrationResult
+) -> LayerEntry:
+    if layer.reason is not None:
+        reason = layer.reason
+    elif layer.name in result.not_run:
+        reason = "it did not run on any calibration batch"
+    elif layer.name in config.layers:
+        reason = "the config says quant_enable false"
+    else:
+        reason = "it is not in the config"
+    return LayerEntry(layer.name, layer.kind, "float", reason, _parameters(layer))
+
+
+def _quantized(
+    layer: SeenLayer, fused: Mapping[str, str], result: CalibrationResult
+) -> LayerEntry:
+    factors = result.factors[layer.name]
+    observed = result.statistics[layer.name].inputs
+    errors = result.errors.get(layer.name)
+    entry = LayerEntry(
+        layer.name,
+        layer.kind,
+        "quantized",
+        parameters=_parameters(layer),
+        fused=fused.get(layer.name),
+        input_scale=factors.scale_d,
+        input_offset=factors.offset_d,
+        input_range=(observed.low, observed.high),
+        weight_bits=factors.weight_bits,
+        weight_scales=len(factors.scale_w),
+        weight_scale_range=(min(factors.scale_w), max(factors.scale_w)),
+    )
+    if errors is None:
+        entry.notes.append("its error was not measured: it did not run on the last kept batch")
+        return entry
+    entry.sqnr_db = decibels(errors.final.sqnr_db)
+    entry.cosine = errors.final.cosine
+    entry.sqnr_db_uncorrected = decibels(errors.uncorrected.sqnr_db)
+    entry.bias_corrected = errors.corrected
+    widened = result.widened.get(layer.name, 0)
+    if widened:
+        entry.notes.append(f"{widened} weight scales widened to keep the integer bias in range")
+    if not errors.corrected and result.corrects:
+        entry.notes.append("bias correction taken back: it made this layer's error larger")
+    return entry

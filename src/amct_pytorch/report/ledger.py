@@ -1,0 +1,140 @@
+"""The ledger: what happened to every layer, and what it cost in accuracy, size and time."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from amct_pytorch.observers.statistics import Agreement
+
+LEDGER_VERSION = 1
+# Below these the quantized model's output has little to do with the float model's.
+POOR_SQNR_DB = 10.0
+POOR_COSINE = 0.95
+
+
+def decibels(value: float | None) -> float | None:
+    """`value` as JSON can hold it: infinities (no error at all) become None."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+@dataclass
+class LayerEntry:
+    """One layer of the model.
+
+    Attributes:
+        name: dotted module path.
+        type: row of the layer table, e.g. ``Conv2d``.
+        status: ``quantized`` or ``float``.
+        reason: why it stayed float; None for a quantized layer.
+        parameters: number of its weights and biases.
+        fused: name of the BatchNorm that was folded into it, or None.
+        input_scale: scale_d.
+        input_offset: offset_d.
+        input_range: smallest and largest value observed at its input.
+        weight_bits: bits of its weights.
+        weight_scales: number of weight scales (1, or one per output channel).
+        weight_scale_range: smallest and largest of them.
+        sqnr_db: of its output, quantized network against float network, on the last
+            calibration batch that was run again; None: no error at all.
+        cosine: cosine of the two outputs.
+        sqnr_db_uncorrected: sqnr_db without this layer's bias correction.
+        bias_corrected: whether a corrected bias is deployed.
+        notes: whatever was clamped, rolled back or fell back.
+    """
+
+    name: str
+    type: str
+    status: str
+    reason: str | None = None
+    parameters: int = 0
+    fused: str | None = None
+    input_scale: float | None = None
+    input_offset: int | None = None
+    input_range: tuple[float, float] | None = None
+    weight_bits: int | None = None
+    weight_scales: int | None = None
+    weight_scale_range: tuple[float, float] | None = None
+    sqnr_db: float | None = None
+    cosine: float | None = None
+    sqnr_db_uncorrected: float | None = None
+    bias_corrected: bool | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class OutputEntry:
+    """Agreement of the whole model's output on the last calibration batch run again.
+
+    Attributes:
+        sqnr_db: None: no error at all.
+        cosine: cosine of float and quantized output.
+        top1_agreement: share of rows with the same largest column, where the first output
+            is a matrix; else None.
+    """
+
+    sqnr_db: float | None
+    cosine: float
+    top1_agreement: float | None = None
+
+    @property
+    def poor(self) -> bool:
+        """Whether the quantized model can hardly be what the user wants."""
+        low = self.sqnr_db is not None and self.sqnr_db < POOR_SQNR_DB
+        return low or self.cosine < POOR_COSINE
+
+
+@dataclass
+class Ledger:
+    """Everything one flow did to one model.
+
+    Attributes:
+        flow: name of the flow's public function.
+        layers: in module order.
+        output: agreement of the model's output, None before it was measured.
+        seconds: wall time of each step.
+        bytes: sizes of the files written.
+        notes: what concerns the whole model.
+        version: of this file's format.
+    """
+
+    flow: str
+    layers: list[LayerEntry]
+    output: OutputEntry | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    bytes: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    version: int = LEDGER_VERSION
+
+    def to_json(self, indent: int | None = None) -> str:
+        """JSON text; NaN and infinities never appear in it."""
+        return json.dumps(dataclasses.asdict(self), indent=indent, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Ledger:
+        """The ledger that `to_json` wrote."""
+        raw: dict[str, Any] = json.loads(text)
+        layers = [LayerEntry(**entry) for entry in raw.pop("layers")]
+        output = raw.pop("output")
+        return cls(layers=layers, output=OutputEntry(**output) if output else None, **raw)
+
+
+def output_entry(original: list[Any], other: list[Any]) -> OutputEntry | None:
+    """Compares the tensors that the float and the quantized model returned."""
+    pairs = [
+        (a, b)
+        for a, b in zip(original, other, strict=False)
+        if a.is_floating_point() and a.shape == b.shape
+    ]
+    if not pairs:
+        return None
+    # The worst output tensor speaks for the model.
+    worst = min((Agreement.between(a, b) for a, b in pairs), key=lambda found: found.sqnr_db)
+    first, second = pairs[0]
+    top1 = None
+    if first.dim() == 2 and first.shape[1] > 1 and first.shape[0] > 0:
+        top1 = float((first.argmax(1) == second.argmax(1)).double().mean())
+    return OutputEntry(decibels(worst.sqnr_db), worst.cosine, top1)
