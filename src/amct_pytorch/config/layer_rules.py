@@ -1,0 +1,115 @@
+"""What the model's layers allow a config to ask of them, and what they get when it does not ask."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from amct_pytorch.config.models import (
+    GLOBAL_KEYS,
+    ArqParams,
+    IfmrParams,
+    LayerConfig,
+    WeightParams,
+)
+from amct_pytorch.errors import did_you_mean
+from amct_pytorch.graph.layers import LAYER_KINDS, SeenLayer
+
+logger = logging.getLogger("amct_pytorch")
+
+# Told once for each thing that a layer cannot have and does not get.
+Tell = Callable[[str, str], None]
+
+
+def default_layer(layer: SeenLayer) -> LayerConfig:
+    """The config of a layer for which nothing special was asked."""
+    return LayerConfig(
+        activation_quant_params=IfmrParams(num_bits=8),
+        weight_quant_params=ArqParams(
+            num_bits=8, channel_wise=LAYER_KINDS[layer.kind].channel_wise_default
+        ),
+    )
+
+
+def fill_defaults(raw: dict[str, Any], layer: SeenLayer) -> dict[str, Any]:
+    """A layer's entry in a JSON file, with what has no default of its own put in.
+
+    Blocks that are missing get their default, and `channel_wise` that of the layer's type;
+    what is there stays, right or wrong.
+    """
+    filled = {
+        "activation_quant_params": {"num_bits": 8},
+        "weight_quant_params": {"num_bits": 8},
+        **raw,
+    }
+    weights = filled["weight_quant_params"]
+    if isinstance(weights, dict):
+        default = LAYER_KINDS[layer.kind].channel_wise_default
+        filled["weight_quant_params"] = {"channel_wise": default, **weights}
+    return filled
+
+
+def allowed_weights(layer: SeenLayer, weights: WeightParams, tell: Tell) -> WeightParams:
+    """`weights` without what the layer cannot have.
+
+    Args:
+        layer: the layer they are for.
+        weights: what was asked for.
+        tell: called with key and reason for each thing refused.
+    """
+    kind = LAYER_KINDS[layer.kind]
+    if weights.channel_wise and not kind.channel_wise_allowed:
+        tell("channel_wise", f"{layer.kind} has one scale for all its weights")
+        weights = weights.model_copy(update={"channel_wise": False})
+    if weights.num_bits in (6, 7) and not kind.low_bit_weights:
+        names = [name for name, other in LAYER_KINDS.items() if other.low_bit_weights]
+        tell("num_bits", f"6 and 7 bits are for {', '.join(names)} only")
+        weights = weights.model_copy(update={"num_bits": 8})
+    return weights
+
+
+def packable_weights(layer: SeenLayer, weights: WeightParams) -> WeightParams:
+    """`weights`, with 8 bits for 4 where two weights a byte do not work out; logs that."""
+    if weights.num_bits != 4 or (layer.groups == 1 and layer.in_channels % 2 == 0):
+        return weights
+    reason = (
+        f"it has {layer.groups} groups"
+        if layer.groups > 1
+        else f"its {layer.in_channels} input channels are an odd number"
+    )
+    logger.warning("%s: weights get 8 bits, not 4: %s", layer.name, reason)
+    return weights.model_copy(update={"num_bits": 8})
+
+
+def configurable(layers: Sequence[SeenLayer]) -> list[SeenLayer]:
+    """The layers that a config may hold; each one left out is logged with its reason."""
+    result = []
+    for layer in layers:
+        reason = layer.reason
+        if reason is None and layer.name in GLOBAL_KEYS:
+            reason = "its name is a key of the config file; rename the module"
+        if reason is None:
+            result.append(layer)
+        else:
+            logger.warning("%s is not quantized: %s", layer.name, reason)
+    return result
+
+
+def unknown_layer(name: str, layers: Iterable[SeenLayer], module_names: Iterable[str] = ()) -> str:
+    """The sentence for a name that is none of `layers`."""
+    known = [layer.name for layer in layers]
+    if name in module_names:
+        kinds = ", ".join(LAYER_KINDS)
+        return f"{name}: the model has it, but it is not of a type that is quantized ({kinds})"
+    return f"{name}: the model has no such layer{did_you_mean(name, known)}"
+
+
+def unknown_modules(names: Iterable[str], module_names: Iterable[str]) -> list[str]:
+    """A sentence for each of `names` that is no module of the model."""
+    known = set(module_names)
+    return [
+        f"{name}: the model has no such module{did_you_mean(name, known)}"
+        for name in names
+        if name not in known
+    ]
