@@ -16,7 +16,7 @@ _UNKNOWN_VALUE = re.compile(r'Enum type "([\w.]+)" has no value named (.*)\.')
 
 
 def parse_text(
-    text: str, message: Message, source: str, error: type[AmctError], *, last_wins: bool
+    text: str, message: Any, source: str, error: type[AmctError], *, last_wins: bool
 ) -> None:
     """Parse protobuf text into `message`.
 
@@ -38,9 +38,6 @@ def parse_text(
     except text_format.ParseError as caught:
         where = f"line {caught.GetLine()}, column {caught.GetColumn()}"
         raise error(f"{source}: {where}: {_explain(str(caught), message)}") from None
-    except (ValueError, RecursionError) as caught:
-        # Strings that are no UTF-8 are noticed by the message, which knows no position.
-        raise error(f"{source}: cannot be read as protobuf text: {_short(str(caught))}") from None
     missing = message.FindInitializationErrors()
     if missing:
         raise error(f"{source}: required, but missing: {', '.join(missing[:10])}")
@@ -51,7 +48,7 @@ def print_text(message: Message) -> str:
     return str(text_format.MessageToString(message, as_utf8=True))
 
 
-def _explain(complaint: str, message: Message) -> str:
+def _explain(complaint: str, message: Any) -> str:
     """Protobuf's complaint without its position, with the nearest name where one is wrong."""
     complaint = re.sub(r"^\d+:\d+ : ", "", complaint)
     unknown = _UNKNOWN_FIELD.search(complaint)
