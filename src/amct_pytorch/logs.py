@@ -15,7 +15,7 @@ FORMAT = "%(asctime)s %(levelname)s [amct_pytorch] %(message)s"
 logger = logging.getLogger(LOGGER_NAME)
 
 
-class _Console(logging.StreamHandler):  # type: ignore[type-arg]
+class _Console(logging.StreamHandler):
     """Writes to whatever sys.stderr is at the time."""
 
     def emit(self, record: logging.LogRecord) -> None:

@@ -1,53 +1,40 @@
-"""Taking each layer's mean output error out of its bias, layer by layer in order.
+"""Taking the mean error that rounded weights cause out of a layer's bias.
 
-Rounding weights and inputs shifts the mean of a layer's output. The shift is measured on
-calibration data with everything before the layer already quantized and corrected, and is
-subtracted in the bias (Nagel et al., Data-Free Quantization Through Weight Equalization and
-Bias Correction, arXiv 1906.04721, section 4.2, in its empirical form). Over several batches
-the correction is the mean of what each batch asks for.
+With W' the weights after quantization, a layer's output is off by conv(x, W' - W) on top of
+what rounding the input adds; its mean over the data is a constant per output channel and
+belongs into the bias (Nagel et al., Data-Free Quantization Through Weight Equalization and
+Bias Correction, arXiv 1906.04721, section 4.2). The layer is linear, so the mean of its
+output is its output on the mean input: no second pass over the data is needed, all batches
+count, and the statistic is a sum that batches and processes add up.
 """
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
+
 from torch import Tensor
 
+from amct_pytorch.observers.mean_input import MeanInput
 
-class BiasCorrection:
-    """The running correction of one layer's bias.
+
+def output_shift(
+    mean_input: MeanInput, output: Callable[[Tensor], Tensor], channel_axis: int
+) -> Tensor:
+    """Mean over the data of what a linear layer with the given weights puts out.
 
     Args:
-        bias: the layer's bias before correction, [channels].
-        largest: largest |bias| that the deployed integer bias can hold, [1] or [channels].
+        mean_input: what was observed.
+        output: the layer's call, without a bias, on a mean input.
+        channel_axis: axis of its result that counts channels.
+
+    Returns:
+        float64 [channels].
     """
-
-    def __init__(self, bias: Tensor, largest: Tensor) -> None:
-        self._start = bias.detach().double()
-        self._largest = largest.double()
-        self.bias = self._start
-        self._batches = 0
-
-    @property
-    def change(self) -> Tensor:
-        """Corrected minus original bias, float64 [channels]."""
-        return self.bias - self._start
-
-    def update(self, float_means: Tensor, quantized_means: Tensor) -> Tensor:
-        """Takes one more batch into account.
-
-        Args:
-            float_means: mean float output of each channel on the batch.
-            quantized_means: the same of the quantized layer with the present `bias`.
-
-        Returns:
-            By how much this batch moved the bias, float64 [channels].
-        """
-        self._batches += 1
-        before = self.bias
-        moved = before + (float_means - quantized_means) / self._batches
-        self.bias = torch.clamp(moved, -self._largest, self._largest)
-        return self.bias - before
-
-    def undo(self) -> None:
-        """Goes back to the original bias."""
-        self.bias = self._start
+    total, positions = None, 0
+    for mean, items in mean_input.means():
+        y = output(mean).double().transpose(0, channel_axis).flatten(1)
+        weighted = y.sum(1) * items
+        total = weighted if total is None else total + weighted
+        positions += items * y.shape[1]
+    assert total is not None
+    return total / positions

@@ -31,7 +31,7 @@ OPSET = 18
 IR_VERSION = 10
 SCOPES_KEY = "pkg.torch.onnx.name_scopes"
 
-DynamicAxes = Mapping[str, Mapping[int, str] | Sequence[int]]
+DynamicAxes = Mapping[str, Mapping[int, str]] | Mapping[str, Sequence[int]]
 
 
 def check_names(
@@ -224,7 +224,7 @@ def _fold_pads(model: ir.Model) -> None:
             continue
         amounts = _constant(pad.inputs[1])
         source = pad.inputs[0]
-        if amounts is None or len(pad.inputs) > 3 and pad.inputs[3] is not None or source is None:
+        if amounts is None or (len(pad.inputs) > 3 and pad.inputs[3] is not None) or source is None:
             continue
         rank = amounts.size // 2
         begin, end = amounts[:rank], amounts[rank:]

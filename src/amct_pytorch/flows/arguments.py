@@ -23,9 +23,7 @@ OTHER_SPELLINGS = {
 def public_call(function: Callable[P, R]) -> Callable[P, R]:
     """Makes `function` accept the other spellings of its keywords and explain wrong ones."""
     parameters = inspect.signature(function).parameters
-    documented = {
-        other: name for name in parameters for other in OTHER_SPELLINGS.get(name, ())
-    }
+    documented = {other: name for name in parameters for other in OTHER_SPELLINGS.get(name, ())}
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -10,16 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from amct_pytorch.algorithms.bias_correction import BiasCorrection
 from amct_pytorch.algorithms.solve import BIAS_LIMIT, complete_factors, weight_factors
 from amct_pytorch.config.models import CalibrationConfig
 from amct_pytorch.errors import CalibrationError
 from amct_pytorch.graph.tensors import ModelInputs, tensors_in
 from amct_pytorch.logs import logger
-from amct_pytorch.nn.calibrate import LayerErrors, Observe, Solve
+from amct_pytorch.nn.calibrate import Check, LayerErrors, Observe, corrected_bias
 from amct_pytorch.nn.simulate import IntegerOperands, Simulate, integer_bias
 from amct_pytorch.nn.wrapped import compressed_layers
-from amct_pytorch.observers.batch_store import BatchStore
 from amct_pytorch.observers.statistics import LayerStatistics
 from amct_pytorch.record.factors import LayerFactors
 from amct_pytorch.report.ledger import OutputEntry, output_entry
@@ -32,7 +30,7 @@ class CalibrationResult:
     Attributes:
         factors: complete factors by layer, in module order.
         statistics: what was observed, by layer.
-        errors: of each layer that ran on the last batch run again.
+        errors: of each layer that ran on the last batch.
         output: agreement of the whole model's output on that batch.
         widened: number of weight scales made larger so that the integer bias fits, by layer.
         corrects: whether bias correction was asked for.
@@ -53,9 +51,8 @@ class CalibrationResult:
 class Calibration:
     """Drives an instrumented model through calibration by hooks on its forward.
 
-    Half of the batches (every second one, from the first) are kept and run again through the
-    quantized network once ranges are known: that pass corrects the biases and measures every
-    layer's error. Half is enough for stable means, and bounds the time.
+    The last batch is run a second time, through the quantized network, to measure every
+    layer's error.
 
     Args:
         model: instrumented by `nn.instrument`, in eval mode.
@@ -75,13 +72,12 @@ class Calibration:
         self._config = config
         self._layers = compressed_layers(model)
         self._finished = finished
-        self._observe = Observe(list(self._layers), with_outputs)
-        self._store = BatchStore()
-        self._outputs: list[Tensor] = []
-        self._batches = 0
+        self._observe = Observe(self._layers, with_outputs, with_means=config.bias_correction)
+        self._last_inputs: ModelInputs | None = None
         self._solving = False
-        self._observing_seconds = 0.0
+        self._in_batch = False
         self._started = 0.0
+        self._observing_seconds = 0.0
         for layer in self._layers.values():
             layer.stage = self._observe
         self._handles = [
@@ -102,40 +98,40 @@ class Calibration:
         if model.training:
             logger.warning("calibration runs in eval mode; the model was in training mode")
             model.eval()
+        if self._in_batch:
+            raise CalibrationError(
+                "an earlier calibration batch failed half-way, so its values were counted for some "
+                "layers only; call quantize_model again"
+            )
+        self._in_batch = True
         self._started = time.perf_counter()
-        self._observe.begin(self._batches, kept=self._batches % 2 == 0)
-        if self._observe.kept:
-            self._store.put(self._batches, ModelInputs(args, kwargs))
+        self._observe.last = self._observe.batch == self._config.batch_num - 1
+        if self._observe.last:
+            # A copy: the forward may change its arguments.
+            self._last_inputs = ModelInputs(args, kwargs).copied()
 
-    def _after(
-        self, _: nn.Module, __: tuple[Any, ...], ___: dict[str, Any], outputs: Any
-    ) -> None:
+    def _after(self, _: nn.Module, __: tuple[Any, ...], ___: dict[str, Any], outputs: Any) -> None:
         if self._solving:
             return
-        if self._observe.kept:
-            self._outputs = [t.detach().clone() for t in tensors_in(outputs)]
-        self._batches += 1
+        self._in_batch = False
+        self._observe.batch += 1
         self._observing_seconds += time.perf_counter() - self._started
-        logger.info("calibration batch %d of %d", self._batches, self._config.batch_num)
-        if self._batches == self._config.batch_num:
-            self._finish()
+        logger.info("calibration batch %d of %d", self._observe.batch, self._config.batch_num)
+        if self._observe.last:
+            self._finish(outputs)
 
-    def _finish(self) -> None:
+    def _finish(self, outputs: Any) -> None:
         """Solves, switches to simulation and hands the result over."""
-        started = time.perf_counter()
         self._solving = True
-        try:
-            # Tensors made under the caller's inference mode could not be changed later.
-            with torch.inference_mode(False), torch.no_grad():
-                result = self._solve(started)
-        finally:
-            self._store.close()
-            self._outputs = []
+        # Tensors made under the caller's inference mode could not be changed later.
+        with torch.inference_mode(False), torch.no_grad():
+            result = self._solve([t.detach() for t in tensors_in(outputs)])
         for handle in self._handles:
             handle.remove()
         self._finished(result)
 
-    def _solve(self, started: float) -> CalibrationResult:
+    def _solve(self, float_outputs: list[Tensor]) -> CalibrationResult:
+        started = time.perf_counter()
         statistics = self._observe.statistics
         not_run = tuple(name for name in self._layers if statistics[name].inputs.total == 0)
         if len(not_run) == len(self._layers):
@@ -154,17 +150,20 @@ class Calibration:
             name: sum(a != b for a, b in zip(known.scale_w, initial[name].scale_w, strict=True))
             for name, known in factors.items()
         }
-        solved = time.perf_counter()
+        searched = time.perf_counter()
         operands = {
             name: IntegerOperands.of(self._layers[name], known) for name, known in factors.items()
         }
-        errors, output = self._correct(operands)
+        changes = self._correct(operands)
+        corrected = time.perf_counter()
+        errors, output = self._check(operands, changes, float_outputs)
         for layer in self._layers.values():
             layer.stage = Simulate(operands)
         seconds = {
             "observe": self._observing_seconds,
-            "search ranges": solved - started,
-            "correct biases": time.perf_counter() - solved,
+            "search ranges": searched - started,
+            "correct biases": corrected - searched,
+            "check": time.perf_counter() - corrected,
         }
         return CalibrationResult(
             factors,
@@ -177,26 +176,37 @@ class Calibration:
             seconds,
         )
 
-    def _correct(
-        self, operands: dict[str, IntegerOperands]
+    def _correct(self, operands: dict[str, IntegerOperands]) -> dict[str, Tensor]:
+        """Corrects the integer biases in `operands`; returns corrected minus original bias."""
+        changes = {}
+        for name, found in operands.items():
+            layer, mean_input = self._layers[name], self._observe.statistics[name].mean_input
+            if mean_input is None:
+                continue
+            call = self._observe.calls[name]
+            bias = corrected_bias(layer, found, call, mean_input, BIAS_LIMIT)
+            changes[name] = bias - layer.bias.double()
+            operands[name] = replace(found, bias=integer_bias(bias, found.dequant_scale))
+        return changes
+
+    def _check(
+        self,
+        operands: dict[str, IntegerOperands],
+        changes: dict[str, Tensor],
+        float_outputs: list[Tensor],
     ) -> tuple[dict[str, LayerErrors], OutputEntry | None]:
-        """Runs the kept batches through the quantized network; sets biases, measures errors."""
-        corrections = {}
-        if self._config.bias_correction:
-            corrections = {
-                name: BiasCorrection(self._layers[name].bias, BIAS_LIMIT * found.dequant_scale)
-                for name, found in operands.items()
-            }
-        solve = Solve(operands, self._observe.statistics, corrections)
+        """Measures every layer on the last batch, then fixes the biases that stay corrected."""
+        check = Check(operands, self._observe.statistics, changes)
         for layer in self._layers.values():
-            layer.stage = solve
-        outputs: list[Tensor] = []
-        for number, inputs in self._store.batches():
-            solve.begin(number, last=number == self._observe.last_kept)
-            outputs = list(tensors_in(inputs.call(self._model)))
-        for name, correction in corrections.items():
-            layer = self._layers[name]
-            layer.bias.data.copy_(correction.bias.to(layer.bias.dtype))
-            bias = integer_bias(layer.bias, operands[name].dequant_scale)
-            operands[name] = replace(operands[name], bias=bias)
-        return solve.errors, output_entry(self._outputs, outputs)
+            layer.stage = check
+        assert self._last_inputs is not None
+        outputs = list(tensors_in(self._last_inputs.call(self._model)))
+        self._last_inputs = None
+        for name, change in changes.items():
+            errors = check.errors.get(name)
+            if errors is None or errors.corrected:
+                layer = self._layers[name]
+                layer.bias.data.copy_((layer.bias.double() + change).to(layer.bias.dtype))
+                bias = integer_bias(layer.bias, operands[name].dequant_scale)
+                operands[name] = replace(operands[name], bias=bias)
+        return check.errors, output_entry(float_outputs, outputs)

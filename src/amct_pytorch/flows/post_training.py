@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -35,6 +35,8 @@ from amct_pytorch.report.table import ledger_table
 
 if TYPE_CHECKING:
     import onnx
+
+    from amct_pytorch.export.float_model import DynamicAxes
 
 LEDGER_KEY = "amct.ledger"
 FINGERPRINT_KEY = "amct.fingerprint"
@@ -101,7 +103,7 @@ def quantize_model(
     input_data: InputData,
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
-    dynamic_axes: Mapping[str, Mapping[int, str] | Sequence[int]] | None = None,
+    dynamic_axes: DynamicAxes | None = None,
 ) -> nn.Module:
     """Prepares a copy of the model for calibration.
 

@@ -43,7 +43,16 @@ LAYER_KINDS: MappingProxyType[str, LayerKind] = MappingProxyType(
         for kind in (
             LayerKind("Conv2d", nn.Conv2d, ("conv2d",), ("Conv",), 0, 1, True, True, True, (4, 4)),
             LayerKind(
-                "Linear", nn.Linear, ("linear",), ("Gemm", "MatMul"), 0, -1, False, False, False, (2, 6)
+                "Linear",
+                nn.Linear,
+                ("linear",),
+                ("Gemm", "MatMul"),
+                0,
+                -1,
+                False,
+                False,
+                False,
+                (2, 6),
             ),
         )
     }

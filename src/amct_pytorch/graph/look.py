@@ -183,9 +183,7 @@ def _describe(
     return SeenLayer(path, kind.name, reason, in_channels, groups, shape, input_shape)
 
 
-def _find_fusable_norms(
-    model: nn.Module, trace: Trace, calls: dict[str, OpCall]
-) -> dict[str, str]:
+def _find_fusable_norms(model: nn.Module, trace: Trace, calls: dict[str, OpCall]) -> dict[str, str]:
     """Layers whose output goes into one BatchNorm in inference form and nowhere else."""
     found = {}
     for path, call in calls.items():

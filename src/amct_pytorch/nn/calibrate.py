@@ -1,19 +1,103 @@
-"""The two stages of calibration: observing the float network, then solving it layer by layer."""
+"""The two stages of calibration: observing the float network, then checking the quantized one."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from amct_pytorch.algorithms.bias_correction import BiasCorrection
+from amct_pytorch.algorithms.bias_correction import output_shift
 from amct_pytorch.errors import CalibrationError
 from amct_pytorch.nn.intercept import LayerCall
 from amct_pytorch.nn.simulate import IntegerOperands, integer_bias, without_autograd
 from amct_pytorch.nn.wrapped import CompressedLayer, Stage
 from amct_pytorch.observers.histogram import Histogram
-from amct_pytorch.observers.statistics import Agreement, LayerStatistics, channel_means, sample
+from amct_pytorch.observers.mean_input import MeanInput
+from amct_pytorch.observers.statistics import Agreement, LayerStatistics, sample
+
+
+class Observe(Stage):
+    """Runs the float network and collects `LayerStatistics`.
+
+    Args:
+        names: the layers.
+        with_outputs: those whose output range is wanted too.
+        with_means: whether mean inputs are wanted, to correct biases.
+
+    Attributes:
+        statistics: by layer.
+        calls: the last call of each layer that ran, with an empty tensor as its input.
+        batch: number of the present batch.
+        last: whether it is the last one, whose outputs are sampled.
+    """
+
+    def __init__(
+        self, names: Iterable[str], with_outputs: frozenset[str], *, with_means: bool
+    ) -> None:
+        self.statistics = {
+            name: LayerStatistics(
+                outputs=Histogram() if name in with_outputs else None,
+                mean_input=MeanInput() if with_means else None,
+            )
+            for name in names
+        }
+        self.calls: dict[str, LayerCall] = {}
+        self.batch = 0
+        self.last = False
+
+    @without_autograd
+    def run(self, layer: CompressedLayer, call: LayerCall) -> Tensor:
+        """The float result."""
+        statistics = self.statistics[layer.name]
+        try:
+            statistics.inputs.update(call.x)
+        except ValueError:
+            raise CalibrationError(
+                f"the input of layer {layer.name!r} holds NaN or infinity in calibration batch "
+                f"{self.batch + 1}; check the calibration data and the layers before this one"
+            ) from None
+        if statistics.mean_input is not None:
+            statistics.mean_input.update(call.x, channels_last=layer.kind.channel_axis == -1)
+        self.calls[layer.name] = replace(call, x=call.x.new_empty(0))
+        y = call.run(call.x, layer.weight, layer.bias)
+        if statistics.outputs is not None:
+            statistics.outputs.update(y)
+        if self.last:
+            statistics.output = sample(y)
+        return y
+
+
+@without_autograd
+def corrected_bias(
+    layer: CompressedLayer,
+    operands: IntegerOperands,
+    call: LayerCall,
+    mean_input: MeanInput,
+    limit: int,
+) -> Tensor:
+    """The layer's bias with the mean error of its rounded weights taken out.
+
+    Args:
+        layer: the layer, with its float weight and bias.
+        operands: its integer operands.
+        call: its call, for everything but the operands.
+        mean_input: mean of its float input.
+        limit: largest |integer bias|.
+
+    Returns:
+        float64 [out_channels].
+    """
+    weight_scale = layer.per_output(operands.dequant_scale * operands.inverse_scale)
+    rounding_error = operands.weight * weight_scale - layer.weight.float()
+    shift = output_shift(
+        mean_input,
+        lambda mean: call.run(mean, rounding_error, None),
+        layer.kind.channel_axis,
+    )
+    largest = limit * operands.dequant_scale.double()
+    return torch.clamp(layer.bias.double() - shift, -largest, largest)
 
 
 @dataclass(frozen=True)
@@ -31,122 +115,54 @@ class LayerErrors:
     corrected: bool
 
 
-class Observe(Stage):
-    """Runs the float network and collects `LayerStatistics`.
+class Check(Stage):
+    """Runs the quantized network on the last batch, measuring every layer on the way.
+
+    A corrected bias that makes its layer's error larger is taken back before the next layer
+    sees the output.
 
     Args:
-        names: the layers.
-        with_outputs: those whose output range is wanted too.
-
-    Attributes:
-        statistics: by layer.
-        kept: whether the present batch will be run again to solve.
-        last_kept: number of the last such batch.
-    """
-
-    def __init__(self, names: list[str], with_outputs: frozenset[str]) -> None:
-        self.statistics = {name: LayerStatistics() for name in names}
-        for name in with_outputs:
-            self.statistics[name].outputs = Histogram()
-        self.kept = False
-        self.last_kept = 0
-        self._batch = 0
-
-    def begin(self, batch: int, *, kept: bool) -> None:
-        """Says which batch comes next."""
-        self._batch, self.kept = batch, kept
-        if kept:
-            self.last_kept = batch
-
-    @without_autograd
-    def run(self, layer: CompressedLayer, call: LayerCall) -> Tensor:
-        """The float result."""
-        statistics = self.statistics[layer.name]
-        try:
-            statistics.inputs.update(call.x)
-        except ValueError:
-            raise CalibrationError(
-                f"the input of layer {layer.name!r} holds NaN or infinity in calibration batch "
-                f"{self._batch + 1}; check the calibration data and the layers before this one"
-            ) from None
-        y = call.run(call.x, layer.weight, layer.bias)
-        if statistics.outputs is not None:
-            statistics.outputs.update(y)
-        if self.kept:
-            statistics.means[self._batch] = channel_means(y, layer.kind.channel_axis)
-            statistics.output = (self._batch, sample(y))
-        return y
-
-
-class Solve(Stage):
-    """Runs the quantized network on kept batches, correcting each bias on the way.
-
-    A layer is corrected before the next one sees its output, so one pass corrects all, and
-    the pass's own result is that of the corrected network.
-
-    Args:
-        operands: integer operands by layer; replaced as biases change.
+        operands: integer operands by layer, with corrected biases; changed where one is
+            taken back.
         statistics: what `Observe` found.
-        corrections: running corrections by layer; empty where none are wanted.
+        changes: corrected minus original bias by layer; empty where none was corrected.
 
     Attributes:
-        errors: by layer, after the last batch.
+        errors: by layer.
     """
 
     def __init__(
         self,
         operands: dict[str, IntegerOperands],
         statistics: dict[str, LayerStatistics],
-        corrections: dict[str, BiasCorrection],
+        changes: dict[str, Tensor],
     ) -> None:
         self.errors: dict[str, LayerErrors] = {}
         self._operands = operands
         self._statistics = statistics
-        self._corrections = corrections
-        self._batch = 0
-        self._last = False
-
-    def begin(self, batch: int, *, last: bool) -> None:
-        """Says which batch comes next, and whether errors are measured on it."""
-        self._batch, self._last = batch, last
+        self._changes = changes
 
     @without_autograd
     def run(self, layer: CompressedLayer, call: LayerCall) -> Tensor:
-        """The quantized result with the bias as corrected so far."""
+        """The quantized result with the bias that will be deployed."""
         operands = self._operands.get(layer.name)
         if operands is None:
             return call.run(call.x, layer.weight, layer.bias)
         y = operands.run(layer, call)
-        statistics = self._statistics[layer.name]
-        measured = None
-        if self._last and statistics.output is not None and statistics.output[0] == self._batch:
-            measured = statistics.output[1]
-        correction = self._corrections.get(layer.name)
-        means = statistics.means.get(self._batch)
-        if correction is None or means is None:
-            if measured is not None:
-                agreement = Agreement.between(measured, sample(y))
-                self.errors[layer.name] = LayerErrors(agreement, agreement, corrected=False)
+        target = self._statistics[layer.name].output
+        if target is None:
             return y
-        before = correction.change
-        uncorrected = sample(_minus(layer, y, before)) if measured is not None else None
-        y += layer.per_channel(
-            correction.update(means, channel_means(y, layer.kind.channel_axis)).to(y.dtype), y
-        )
-        if measured is not None and uncorrected is not None:
-            was, now = Agreement.between(measured, uncorrected), Agreement.between(measured, sample(y))
-            corrected = now.sqnr_db >= was.sqnr_db
-            self.errors[layer.name] = LayerErrors(was, now if corrected else was, corrected)
-            if not corrected:
-                y = _minus(layer, y, correction.change)
-                correction.undo()
-        bias = integer_bias(correction.bias, operands.dequant_scale)
+        now = Agreement.between(target, sample(y))
+        change = self._changes.get(layer.name)
+        if change is None:
+            self.errors[layer.name] = LayerErrors(now, now, corrected=False)
+            return y
+        without = y - layer.per_channel(change.to(y.dtype), y)
+        was = Agreement.between(target, sample(without))
+        corrected = now.sqnr_db >= was.sqnr_db
+        self.errors[layer.name] = LayerErrors(was, now if corrected else was, corrected)
+        if corrected:
+            return y
+        bias = integer_bias(layer.bias, operands.dequant_scale)
         self._operands[layer.name] = replace(operands, bias=bias)
-        return y
-
-
-def _minus(layer: CompressedLayer, y: Tensor, change: Tensor) -> Tensor:
-    """`y` without a change of the bias."""
-    if not torch.any(change):
-        return y
-    return y - layer.per_channel(change.to(y.dtype), y)
+        return without

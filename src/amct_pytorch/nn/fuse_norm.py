@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from amct_pytorch.nn.intercept import LayerCall
 from amct_pytorch.nn.wrapped import Wrapped
@@ -24,14 +25,15 @@ class SkippedNorm(Wrapped):
         return call.x
 
 
-def fuse_norm(weight: Tensor, bias: Tensor | None, norm: nn.Module, out_axis: int) -> tuple[
-    Tensor, Tensor
-]:
+def fuse_norm(
+    weight: Tensor, bias: Tensor | None, norm: _BatchNorm, out_axis: int
+) -> tuple[Tensor, Tensor]:
     """Weight and bias of a layer with the BatchNorm behind it folded in.
 
     w' = w * g / sqrt(v + eps) per output channel, b' = (b - m) * g / sqrt(v + eps) + beta,
     computed in float64 and returned in the weight's dtype.
     """
+    assert norm.running_mean is not None and norm.running_var is not None
     mean, variance = norm.running_mean.double(), norm.running_var.double()
     gamma = torch.ones_like(mean) if norm.weight is None else norm.weight.double()
     beta = torch.zeros_like(mean) if norm.bias is None else norm.bias.double()

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from amct_pytorch.errors import ModelError
 from amct_pytorch.graph.layers import LAYER_KINDS, SeenLayer
@@ -48,6 +49,7 @@ def instrument(
         norm_name = fused.get(layer.name)
         if norm_name is not None:
             norm = copied.get_submodule(norm_name)
+            assert isinstance(norm, _BatchNorm)
             fused_weight, bias = fuse_norm(weight, bias, norm, kind.out_axis)
             _check_finite(f"{layer.name} with {norm_name} fused", fused_weight, bias)
             with torch.no_grad():

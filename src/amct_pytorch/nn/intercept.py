@@ -55,9 +55,7 @@ class CallInterceptor(TorchFunctionMode):
         answer: called in their place; what it returns is the call's result.
     """
 
-    def __init__(
-        self, functions: tuple[str, ...], answer: Callable[[LayerCall], Tensor]
-    ) -> None:
+    def __init__(self, functions: tuple[str, ...], answer: Callable[[LayerCall], Tensor]) -> None:
         super().__init__()
         self._functions = functions
         self._answer = answer

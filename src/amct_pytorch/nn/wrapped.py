@@ -25,9 +25,7 @@ class Wrapped(nn.Module):
         own: parameters of the stand-in itself, by name.
     """
 
-    def __init__(
-        self, layer: nn.Module, functions: tuple[str, ...], **own: nn.Parameter
-    ) -> None:
+    def __init__(self, layer: nn.Module, functions: tuple[str, ...], **own: nn.Parameter) -> None:
         super().__init__()
         self.functions = functions
         # Before the layer: from then on its attributes of the same names are found too.
@@ -74,14 +72,14 @@ class CompressedLayer(Wrapped):
     def __init__(
         self, name: str, kind: LayerKind, layer: nn.Module, weight: Tensor, bias: Tensor | None
     ) -> None:
-        if not isinstance(weight, nn.Parameter):
-            weight = nn.Parameter(weight)
+        own_weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight)
+        own_weight.requires_grad_(False)
         if bias is None:
             bias = weight.new_zeros(weight.shape[kind.out_axis])
         super().__init__(
             layer,
             kind.functions,
-            weight=weight.requires_grad_(False),
+            weight=own_weight,
             bias=nn.Parameter(bias.detach().clone(), requires_grad=False),
         )
         self.name = name

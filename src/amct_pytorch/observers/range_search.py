@@ -72,7 +72,8 @@ def squared_errors(
     first = torch.zeros_like(inner[:, :1])
     last = torch.full_like(first, sums.moments.shape[1] - 1)
     s0, s1, s2 = sums.moments[:, torch.cat([first, inner, last], dim=1)].diff(dim=-1)
-    return (s2 - 2 * values * s1 + values * values * s0).sum(1)
+    error: Tensor = s2 - 2 * values * s1 + values * values * s0
+    return error.sum(1)
 
 
 def search_range(

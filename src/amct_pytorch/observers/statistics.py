@@ -1,25 +1,17 @@
-"""What is kept of a layer's output: channel means, a sample, and errors between samples."""
+"""What is kept of a layer's input and output, and how two outputs are compared."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from amct_pytorch.observers.histogram import Histogram
+from amct_pytorch.observers.mean_input import MeanInput
 
 # Values of one output that are kept to compare float and quantized results on.
 SAMPLE_SIZE = 2**16
-
-
-def channel_means(y: Tensor, channel_axis: int) -> Tensor:
-    """Mean of each channel over all other axes, float64 [channels]."""
-    axis = channel_axis % y.dim()
-    others = [a for a in range(y.dim()) if a != axis]
-    total = y.sum(others, dtype=torch.float32) if others else y
-    return total.double() / max(1, y.numel() // max(1, y.shape[axis]))
 
 
 def sample(y: Tensor) -> Tensor:
@@ -37,14 +29,14 @@ class LayerStatistics:
     Attributes:
         inputs: histogram of its input over all batches.
         outputs: histogram of its output over all batches, where that is wanted.
-        means: mean of each output channel, by number of a batch that will be run again.
-        output: number of the last such batch and a sample of the layer's output on it.
+        mean_input: mean of its input over all batches, where biases are corrected.
+        output: sample of its output on the last batch; None if it did not run on it.
     """
 
     inputs: Histogram = field(default_factory=Histogram)
     outputs: Histogram | None = None
-    means: dict[int, Tensor] = field(default_factory=dict)
-    output: tuple[int, Tensor] | None = None
+    mean_input: MeanInput | None = None
+    output: Tensor | None = None
 
 
 @dataclass(frozen=True)

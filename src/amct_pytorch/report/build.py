@@ -59,9 +59,7 @@ def _left_alone(
     return LayerEntry(layer.name, layer.kind, "float", reason, _parameters(layer))
 
 
-def _quantized(
-    layer: SeenLayer, fused: Mapping[str, str], result: CalibrationResult
-) -> LayerEntry:
+def _quantized(layer: SeenLayer, fused: Mapping[str, str], result: CalibrationResult) -> LayerEntry:
     factors = result.factors[layer.name]
     observed = result.statistics[layer.name].inputs
     errors = result.errors.get(layer.name)
@@ -79,7 +77,7 @@ def _quantized(
         weight_scale_range=(min(factors.scale_w), max(factors.scale_w)),
     )
     if errors is None:
-        entry.notes.append("its error was not measured: it did not run on the last kept batch")
+        entry.notes.append("its error was not measured: it did not run on the last batch")
         return entry
     entry.sqnr_db = decibels(errors.final.sqnr_db)
     entry.cosine = errors.final.cosine

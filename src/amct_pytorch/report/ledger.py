@@ -39,7 +39,7 @@ class LayerEntry:
         weight_scales: number of weight scales (1, or one per output channel).
         weight_scale_range: smallest and largest of them.
         sqnr_db: of its output, quantized network against float network, on the last
-            calibration batch that was run again; None: no error at all.
+            calibration batch; None: no error at all.
         cosine: cosine of the two outputs.
         sqnr_db_uncorrected: sqnr_db without this layer's bias correction.
         bias_corrected: whether a corrected bias is deployed.
@@ -67,7 +67,7 @@ class LayerEntry:
 
 @dataclass
 class OutputEntry:
-    """Agreement of the whole model's output on the last calibration batch run again.
+    """Agreement of the whole model's output on the last calibration batch.
 
     Attributes:
         sqnr_db: None: no error at all.

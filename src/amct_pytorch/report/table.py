@@ -39,9 +39,9 @@ def _row(entry: LayerEntry) -> tuple[str, ...]:
         f"int{entry.weight_bits}/{per}",
         _number(entry.input_scale, ".4g"),
         _number(entry.input_offset, "d"),
-        "exact" if entry.sqnr_db is None and entry.cosine is not None else _number(
-            entry.sqnr_db, ".1f"
-        ),
+        "exact"
+        if entry.sqnr_db is None and entry.cosine is not None
+        else _number(entry.sqnr_db, ".1f"),
         _number(entry.cosine, ".5f"),
         "; ".join(notes),
     )
