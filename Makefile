@@ -18,7 +18,7 @@ export OMP_NUM_THREADS := 1
 export MKL_NUM_THREADS := 1
 export OMP_WAIT_POLICY := PASSIVE
 
-PY_DIRS := src tests examples benchmarks
+PY_DIRS := $(wildcard src tests examples benchmarks)
 
 .DEFAULT_GOAL := help
 .PHONY: help env test lint format types proto demo bench bench-peers bench-table clean distclean
