@@ -1,5 +1,50 @@
-"""Model compression for PyTorch behind the AMCT interface."""
+"""Model compression for PyTorch behind the AMCT interface.
 
-from amct_pytorch.flows.post_training import create_quant_config, quantize_model, save_model
+Public names are imported when they are first used, so that importing the package costs next
+to nothing beside torch and needs neither onnx nor onnxruntime.
+"""
 
-__all__ = ["create_quant_config", "quantize_model", "save_model"]
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from amct_pytorch.errors import AmctError
+    from amct_pytorch.export.deploy_session import DeploySession
+    from amct_pytorch.export.qdq import deploy_to_qdq
+    from amct_pytorch.flows.post_training import create_quant_config, quantize_model, save_model
+
+_HOMES = {
+    "AmctError": "errors",
+    "DeploySession": "export.deploy_session",
+    "create_quant_config": "flows.post_training",
+    "deploy_to_qdq": "export.qdq",
+    "quantize_model": "flows.post_training",
+    "save_model": "flows.post_training",
+}
+
+__version__ = "0.1.0"
+__all__ = [
+    "AmctError",
+    "DeploySession",
+    "create_quant_config",
+    "deploy_to_qdq",
+    "quantize_model",
+    "save_model",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        from amct_pytorch.errors import did_you_mean
+
+        hint = did_you_mean(name, __all__)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
