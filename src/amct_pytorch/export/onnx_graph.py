@@ -170,7 +170,7 @@ class OnnxGraph:
 
     def set_array(self, name: str, value: np.ndarray) -> str:
         """Make `name` an initializer that holds `value`; returns the name."""
-        self.initializers[name] = numpy_helper.from_array(np.ascontiguousarray(value), name)
+        self.initializers[name] = numpy_helper.from_array(np.array(value, order="C"), name)
         self._types.pop(name, None)
         self._taken.add(name)
         return name
