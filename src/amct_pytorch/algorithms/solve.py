@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from amct_pytorch.algorithms.arq import arq_scale, floored_for_bias
 from amct_pytorch.config.models import CalibrationConfig, IfmrParams
-from amct_pytorch.formats import IntFormat
+from amct_pytorch.formats import INT8, IntFormat
 from amct_pytorch.graph.layers import LayerKind
 from amct_pytorch.observers.histogram import Histogram
 from amct_pytorch.observers.range_search import SearchSettings, search_range
+from amct_pytorch.observers.statistics import LayerStatistics
 from amct_pytorch.record.factors import LayerFactors
 
 # Largest integer bias. It leaves a layer's float32 sums room below 2^24, where they are exact.
@@ -81,3 +83,17 @@ def fp16_scale(scale: float) -> float:
     if low <= scale <= high:
         return float(torch.tensor(scale).half())
     return float(torch.tensor(math.sqrt(scale)).half().float() ** 2)
+
+
+def output_ranges(statistics: Mapping[str, LayerStatistics]) -> dict[str, tuple[float, float]]:
+    """8-bit ranges [lo, hi] of the outputs that were observed, by layer name.
+
+    Chosen like an asymmetric input range, by the error over the observed values.
+    """
+    ranges = {}
+    for name, observed in statistics.items():
+        if observed.outputs is None or observed.outputs.total == 0:
+            continue
+        scale, offset = search_range(observed.outputs, SearchSettings(), INT8, symmetric=False)
+        ranges[name] = ((INT8.qmin - offset) * scale, (INT8.qmax - offset) * scale)
+    return ranges

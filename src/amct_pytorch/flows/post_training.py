@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from amct_pytorch.algorithms.solve import output_ranges
 from amct_pytorch.config.availability import check_available
 from amct_pytorch.config.calibration_cfg import calibration_config_from_cfg
 from amct_pytorch.config.calibration_json import dump_calibration_json, load_calibration_json
@@ -22,6 +24,7 @@ from amct_pytorch.flows.calibration import Calibration, CalibrationResult
 from amct_pytorch.flows.outputs import output_path
 from amct_pytorch.graph.layers import LAYER_KINDS
 from amct_pytorch.graph.look import ModelGraph, look_at
+from amct_pytorch.graph.readers import layers_read_in_float
 from amct_pytorch.graph.tensors import ModelInputs
 from amct_pytorch.logs import logger, start_logging
 from amct_pytorch.nn.instrument import instrument
@@ -130,6 +133,7 @@ def quantize_model(
         AmctError: naming the argument, file or layer, what was found and what is allowed;
             nothing is written then.
     """
+    from amct_pytorch.export.deploy import EXTRA_RANGES
     from amct_pytorch.export.float_model import check_names, export_float
     from amct_pytorch.export.onnx_file import save_onnx
 
@@ -160,13 +164,20 @@ def quantize_model(
     def finished(result: CalibrationResult) -> None:
         started = time.perf_counter()
         ledger = calibration_ledger(graph, config, fused, result, seconds | result.seconds)
-        biases = {name: layer.bias for name, layer in compressed_layers(instrumented).items()}
-        _complete_onnx(onnx_path, biases, result, ledger)
+        layers = compressed_layers(instrumented)
+        biases = {name: layers[name].bias for name in result.factors}
+        metadata = {
+            FINGERPRINT_KEY: fingerprint(result.factors),
+            LEDGER_KEY: ledger.to_json(),
+            EXTRA_RANGES: json.dumps(output_ranges(result.statistics)),
+        }
+        _complete_onnx(onnx_path, biases, metadata)
         write_record(record_path, RecordFile(factors=dict(result.factors)), announce=False)
         logger.info("calibration files written in %.2f s", time.perf_counter() - started)
         _warn_if_poor(ledger)
 
-    calibration = Calibration(instrumented, config, frozenset(), finished)
+    with_outputs = layers_read_in_float(graph, names, fused)
+    calibration = Calibration(instrumented, config, with_outputs, finished)
     save_onnx(float_model, onnx_path, what="modfied_onnx_file")
     write_record(record_path, RecordFile(factors=calibration.initial_factors()))
     return instrumented
@@ -237,19 +248,14 @@ def _nothing_to_quantize(graph: ModelGraph) -> str:
     return f"no layer of the model can be quantized; {reasons}"
 
 
-def _complete_onnx(
-    path: Path, biases: Mapping[str, Tensor], result: CalibrationResult, ledger: Ledger
-) -> None:
+def _complete_onnx(path: Path, biases: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Rewrites the modified ONNX with its final biases and the calibration's metadata."""
     from amct_pytorch.export.calibrated import complete
     from amct_pytorch.export.onnx_file import load_onnx, save_onnx
 
     model = load_onnx(path, "modfied_onnx_file")
-    complete(
-        model,
-        {name: biases[name].detach().float().cpu().numpy() for name in result.factors},
-        {FINGERPRINT_KEY: fingerprint(result.factors), LEDGER_KEY: ledger.to_json()},
-    )
+    arrays = {name: bias.detach().float().cpu().numpy() for name, bias in biases.items()}
+    complete(model, arrays, metadata)
     save_onnx(model, path, what="modfied_onnx_file", announce=False)
 
 
