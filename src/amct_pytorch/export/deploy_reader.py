@@ -12,7 +12,7 @@ from onnx import NodeProto, TensorProto
 from amct_pytorch.errors import ExportError
 from amct_pytorch.export.integer_layer import unpack_param
 from amct_pytorch.export.onnx_graph import DEFAULT_DOMAINS, OnnxGraph, attribute
-from amct_pytorch.export.opset import opset_of
+from amct_pytorch.export.opset import OPSET, opset_of, raise_opset
 from amct_pytorch.formats.integer import IntFormat
 
 QUANT, DEQUANT = "AscendQuant", "AscendDequant"
@@ -117,6 +117,9 @@ class DeployModel:
         self.graph = OnnxGraph(model)
         self.opset = opset_of(model)
         self._check_operators()
+        if self.opset < OPSET:
+            model = raise_opset(model, (QUANT, DEQUANT))
+            self.graph, self.opset = OnnxGraph(model), OPSET
         self._makers = self.graph.producers()
         self.quantizers = {
             str(node.output[0]): self._quantizer(node)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 
 import onnx
 from onnx import inliner, version_converter
@@ -12,6 +13,7 @@ from amct_pytorch.export.onnx_graph import DEFAULT_DOMAINS
 
 OPSET = 18
 IR_VERSION = 8
+_ASIDE = "amct.aside"
 log = logging.getLogger("amct_pytorch")
 
 
@@ -49,3 +51,33 @@ def plain_model(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
             ) from error
     log.warning("the ONNX model needs opset %d, newer than %d; it is kept", version, OPSET)
     return model, version
+
+
+def raise_opset(model: onnx.ModelProto, foreign: Collection[str]) -> onnx.ModelProto:
+    """The model at opset 18 if it is older, operators named in `foreign` left as they are.
+
+    Raises:
+        ExportError: a standard operator cannot be brought to opset 18.
+    """
+    if opset_of(model) >= OPSET:
+        return model
+    raised = onnx.ModelProto()
+    raised.CopyFrom(model)
+    # The converter passes over nodes of domains it does not know.
+    for node in raised.graph.node:
+        if node.op_type in foreign:
+            node.domain = _ASIDE
+    raised.opset_import.add(domain=_ASIDE, version=1)
+    try:
+        raised = version_converter.convert_version(raised, OPSET)
+    except Exception as error:
+        raise ExportError(
+            f"the model has opset {opset_of(model)} and cannot be brought to {OPSET}: {error}"
+        ) from error
+    for node in raised.graph.node:
+        if node.domain == _ASIDE:
+            node.ClearField("domain")
+    kept = [o for o in raised.opset_import if o.domain != _ASIDE]
+    del raised.opset_import[:]
+    raised.opset_import.extend(kept)
+    return raised
