@@ -1,0 +1,67 @@
+"""What the documentation shows can be pasted and runs."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+import amct_pytorch as amct
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PTQ_GUIDE = ROOT / "docs" / "ptq.md"
+
+
+def test_the_script_of_the_readme_runs(tmp_path, monkeypatch):
+    script = re.search(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert script is not None
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names: dict[str, object] = {}
+    exec(compile(script.group(1), str(README), "exec"), names)
+
+    logits, calibrated, batches = names["logits"], names["calibrated"], names["batches"]
+    with torch.no_grad():
+        simulated = calibrated(batches[0]).numpy()
+    # The same integers; only the last float multiplication may be rounded otherwise.
+    np.testing.assert_allclose(logits, simulated, rtol=1e-5, atol=1e-6)
+    written = {file.name for file in (tmp_path / "out").iterdir()}
+    mentioned = set(re.findall(r"^\| `([a-z_.]+)`", README.read_text(), re.MULTILINE))
+    assert mentioned <= written
+
+
+def test_the_cfg_of_the_guide_is_accepted_and_does_what_it_says(tmp_path, monkeypatch):
+    text = re.search(r"```\n(# quant\.cfg\n.*?)```", PTQ_GUIDE.read_text(), re.DOTALL)
+    assert text is not None
+    monkeypatch.chdir(tmp_path)
+    Path("quant.cfg").write_text(text.group(1))
+    features = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten())
+    model = nn.Sequential(OrderedDict(features=features, classifier=nn.Linear(4 * 16, 5)))
+
+    example = torch.zeros(2, 3, 8, 8)
+    amct.create_quant_config("config.json", model.eval(), example, config_defination="quant.cfg")
+
+    config = json.loads(Path("config.json").read_text())
+    assert config["batch_num"] == 4
+    assert config["features.0"]["quant_enable"] is False
+    assert config["features.2"]["quant_enable"] is True
+    assert config["classifier"]["activation_quant_params"]["asymmetric"] is False
+
+
+def test_the_keys_that_the_guide_names_are_keys_of_the_config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 5)).eval()
+    amct.create_quant_config("config.json", model, torch.zeros(2, 3, 8, 8))
+    written = Path("config.json").read_text()
+    table = PTQ_GUIDE.read_text().split("## 3 The config")[1].split("## 4")[0]
+    first_cells = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
+    named = {key for cell in first_cells for key in re.findall(r"`(\w+)`", cell)}
+    not_written_by_default = {"asymmetric", "bias_correction"}
+    assert len(named) > 8
+    assert {key for key in named if f'"{key}"' not in written} <= not_written_by_default
