@@ -17,7 +17,7 @@ import onnx
 import onnxruntime as ort
 from onnx import AttributeProto, TensorProto, helper
 
-from amct_pytorch.export.integer_layer import EXACT_FLOAT32
+from amct_pytorch.export.integer_layer import EXACT_FLOAT32, largest_sum
 from amct_pytorch.export.onnx_graph import OnnxGraph
 from amct_pytorch.export.opset import IR_VERSION, OPSET
 from amct_pytorch.formats.integer import INT8, IntFormat
@@ -54,9 +54,7 @@ class IntegerOp:
     def largest_sum(self, weight: np.ndarray | None = None) -> int:
         """Largest |sum| that any input can give with `weight` (default: its own)."""
         weight = self.weight if weight is None else weight
-        reach = max(self.format.qmax - self.offset, self.offset - self.format.qmin)
-        axes = tuple(a for a in range(weight.ndim) if a != self.out_axis)
-        return int(np.abs(weight.astype(np.int64)).sum(axis=axes).max(initial=0)) * reach
+        return largest_sum(weight, None, self.out_axis, self.offset, self.format.bits)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import onnx
 from onnx import inliner, version_converter
 
 from amct_pytorch.errors import ExportError
+from amct_pytorch.export.layer_nodes import layer_of, tag_layer
 from amct_pytorch.export.onnx_graph import DEFAULT_DOMAINS
 
 OPSET = 18
@@ -43,7 +44,9 @@ def plain_model(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
     if version == OPSET:
         return model, version
     try:
-        return version_converter.convert_version(model, OPSET), OPSET
+        converted = version_converter.convert_version(model, OPSET)
+        _copy_layer_names(model, converted)
+        return converted, OPSET
     except Exception as error:
         if version < OPSET:
             raise ExportError(
@@ -51,6 +54,15 @@ def plain_model(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
             ) from error
     log.warning("the ONNX model needs opset %d, newer than %d; it is kept", version, OPSET)
     return model, version
+
+
+def _copy_layer_names(source: onnx.ModelProto, target: onnx.ModelProto) -> None:
+    """Tag the nodes of a converted model; the converter keeps output names, not metadata."""
+    layers = {node.output[0]: layer_of(node) for node in source.graph.node if node.output}
+    for node in target.graph.node:
+        layer = layers.get(node.output[0]) if node.output else None
+        if layer is not None:
+            tag_layer(node, layer)
 
 
 def raise_opset(model: onnx.ModelProto, foreign: Collection[str]) -> onnx.ModelProto:
