@@ -84,7 +84,8 @@ class IntFormat:
             scale: positive, broadcastable to `x`.
             offset: integer, broadcastable to `x`.
         """
-        return torch.round(x / scale).add_(offset).clamp_(self.qmin, self.qmax)
+        q = torch.round(x / scale).add_(offset).clamp_(self.qmin, self.qmax)
+        return q.to(x.dtype)
 
     def quantize_by_inverse(self, x: Tensor, inverse_scale: Tensor, offset: Tensor) -> Tensor:
         """Like `quantize`, multiplying by 1/scale as the AscendQuant operator does.
@@ -100,7 +101,7 @@ class IntFormat:
 
     def fake_quantize(self, x: Tensor, scale: Tensor, offset: Tensor | int = 0) -> Tensor:
         """`x` after quantization and dequantization, in `x`'s dtype."""
-        return self.dequantize(self.quantize(x, scale, offset), scale, offset)
+        return self.dequantize(self.quantize(x, scale, offset), scale, offset).to(x.dtype)
 
 
 INT8 = IntFormat(8)

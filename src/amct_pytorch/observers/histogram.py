@@ -19,7 +19,8 @@ from torch import Tensor
 HALF_BINS = 2**14
 # Values that are binned at a time: the scratch memory stays in the processor's cache.
 CHUNK = 2**18
-SMALLEST_EXPONENT = -126
+# Values below 2^this share the bins of that range; its 1/w is still a finite float32.
+SMALLEST_EXPONENT = -100
 
 
 @dataclass
@@ -83,7 +84,9 @@ class Histogram:
         self._extend(low, high, x.numel())
         inverse = 1.0 / self.width
         flat = x.detach().flatten()
-        scratch = torch.empty(min(CHUNK, flat.numel()), dtype=torch.float32, device=x.device)
+        # float32 is exact, but for float64 values and where small products would become zero.
+        dtype = torch.float64 if x.dtype == torch.float64 or inverse < 2.0**-20 else torch.float32
+        scratch = torch.empty(min(CHUNK, flat.numel()), dtype=dtype, device=x.device)
         index = torch.empty_like(scratch, dtype=torch.int32)
         counts = torch.zeros(2 * HALF_BINS, dtype=torch.int64, device=x.device)
         for part in flat.split(CHUNK):
@@ -107,8 +110,10 @@ class Histogram:
         self.low = min(low, self.low) if self.total else low
         self.high = max(high, self.high) if self.total else high
         self.total += number
-        # frexp gives |x| = m * 2^e with m < 1, so |x| stays below 2^e.
-        _, exponent = math.frexp(max(-self.low, self.high, 0.0))
+        largest = max(-self.low, self.high)
+        # frexp gives |x| = m * 2^e with m < 1, so |x| stays below 2^e. Zeros need no range: one
+        # taken for them would stay, and the bins would depend on what came first.
+        exponent = math.frexp(largest)[1] if largest > 0 else SMALLEST_EXPONENT
         exponent = max(exponent, SMALLEST_EXPONENT)
         if exponent > self._exponent:
             self.counts = _coarsened(self.counts, exponent - self._exponent)

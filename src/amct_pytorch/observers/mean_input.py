@@ -27,6 +27,8 @@ class MeanInput:
         """
         if channels_last:
             x = x.reshape(-1, x.shape[-1])
+        if x.shape[0] == 0:
+            return
         total = x.sum(0, keepdim=True, dtype=torch.float32)
         shape = tuple(total.shape)
         if shape in self._sums:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from amct_pytorch.observers.histogram import Histogram
@@ -53,8 +54,18 @@ class Agreement:
 
     @classmethod
     def between(cls, original: Tensor, other: Tensor) -> Agreement:
-        """Compares two tensors of one shape, in float64."""
+        """Compares two tensors of one shape, in float64.
+
+        The same infinity, or NaN, in both is left out (masked logits, say); in one only, it
+        is an infinite error.
+        """
         a, b = original.detach().double().flatten(), other.detach().double().flatten()
+        finite = torch.isfinite(a) & torch.isfinite(b)
+        if not bool(finite.all()):
+            same = (a == b) | (torch.isnan(a) & torch.isnan(b))
+            if not bool((finite | same).all()):
+                return cls(-math.inf, 0.0)
+            a, b = a[finite], b[finite]
         signal, noise = float(a.square().sum()), float((a - b).square().sum())
         if noise == 0:
             return cls(math.inf, 1.0)
