@@ -29,11 +29,10 @@ class SearchSettings:
     search_step: float = 0.01
 
     def multiples(self) -> Tensor:
-        """The multiples that are tried, float64, with 1 always among them."""
+        """The multiples that are tried, float64."""
         start, end = self.search_range
         number = math.floor((end - start) / self.search_step + 1e-9) + 1
-        grid = start + self.search_step * torch.arange(number, dtype=torch.float64)
-        return torch.cat([grid, torch.ones(1, dtype=torch.float64)])
+        return start + self.search_step * torch.arange(number, dtype=torch.float64)
 
 
 def starting_points(histogram: Histogram, settings: SearchSettings) -> tuple[float, float]:

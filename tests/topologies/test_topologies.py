@@ -1,0 +1,72 @@
+"""Every supported structure through the whole flow: float, simulated, fake-quant, deployed."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from topologies.networks import TOPOLOGIES, Topology, trained_like
+
+import amct_pytorch as amct
+from amct_pytorch.graph.tensors import tensors_in
+
+
+def sqnr(original: np.ndarray, other: np.ndarray) -> float:
+    noise = float(((original - other) ** 2).sum())
+    return float("inf") if noise == 0 else 10 * np.log10(float((original**2).sum()) / noise)
+
+
+@pytest.mark.parametrize("name", TOPOLOGIES)
+def test_structure_goes_through_the_whole_flow(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    topology: Topology = TOPOLOGIES[name]
+    torch.manual_seed(7)
+    batches = [tuple(torch.randn(shape) for shape in topology.shapes) for _ in range(3)]
+    model = trained_like(topology.build(), batches[0])
+    before = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        expected = [list(tensors_in(model(*batch))) for batch in batches]
+
+    amct.create_quant_config("config.json", model, batches[0], batch_num=2)
+    config = json.loads(Path("config.json").read_text())
+    assert sum(isinstance(v, dict) and v["quant_enable"] for v in config.values()) == (
+        topology.quantized
+    )
+    calibration = amct.quantize_model("config.json", "m.onnx", "record.txt", model, batches[0])
+    with torch.no_grad():
+        for batch, outputs in zip(batches[:2], expected[:2], strict=True):
+            for got, want in zip(tensors_in(calibration(*batch)), outputs, strict=True):
+                # The float network, up to the rounding of a folded BatchNorm.
+                torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+        simulated = [t.numpy() for t in tensors_in(calibration(*batches[2]))]
+    amct.save_model("m.onnx", "record.txt", "out/net")
+
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), f"{key} of the caller's model was changed"
+    ledger = {e["name"]: e for e in json.loads(Path("out/net_ledger.json").read_text())["layers"]}
+    assert sum(e["status"] == "quantized" for e in ledger.values()) == topology.quantized
+    for layer, reason in topology.floats:
+        assert ledger[layer]["status"] == "float"
+        assert reason in ledger[layer]["reason"]
+
+    fake = ort.InferenceSession("out/net_fake_quant_model.onnx")
+    names = [i.name for i in fake.get_inputs()]
+    feeds = dict(zip(names, (t.numpy() for t in batches[2]), strict=True))
+    faked = fake.run(None, feeds)
+    deployed = amct.DeploySession("out/net_deploy_model.onnx").run(None, feeds)
+    for want, sim, fq, dep in zip(expected[2], simulated, faked, deployed, strict=True):
+        # The same integers and the same float operators around them: equal but for the last
+        # bit of transcendental functions that two graphs may fuse differently.
+        assert sqnr(fq, dep) > 90
+        # torch's float operators round differently from ONNX Runtime's, which flips single
+        # integers at rounding boundaries.
+        assert sqnr(sim, fq) > 40
+        # 8-bit noise of a few random layers; a wrong scale, bias or padding costs far more.
+        assert sqnr(want.numpy(), dep) > 22
