@@ -48,7 +48,8 @@ def floored_for_bias(scale_w: Tensor, scale_d: float, bias: Tensor, limit: int) 
     Returns:
         Scales of the same shape, none smaller.
     """
-    needed = bias.detach().float().abs() / (limit * scale_d)
+    # The last factor: float32 roundings on the way to the integer bias must not exceed it.
+    needed = bias.detach().float().abs() / (limit * scale_d) * (1 + 2.0**-21)
     if scale_w.numel() == 1:
         needed = needed.max().reshape(1)
     return torch.maximum(scale_w, needed)

@@ -76,6 +76,9 @@ def _quantized(layer: SeenLayer, fused: Mapping[str, str], result: CalibrationRe
         weight_scales=len(factors.scale_w),
         weight_scale_range=(min(factors.scale_w), max(factors.scale_w)),
     )
+    widened = result.widened.get(layer.name, 0)
+    if widened:
+        entry.notes.append(f"{widened} weight scales widened to keep the integer bias in range")
     if errors is None:
         entry.notes.append("its error was not measured: it did not run on the last batch")
         return entry
@@ -83,9 +86,6 @@ def _quantized(layer: SeenLayer, fused: Mapping[str, str], result: CalibrationRe
     entry.cosine = errors.final.cosine
     entry.sqnr_db_uncorrected = decibels(errors.uncorrected.sqnr_db)
     entry.bias_corrected = errors.corrected
-    widened = result.widened.get(layer.name, 0)
-    if widened:
-        entry.notes.append(f"{widened} weight scales widened to keep the integer bias in range")
     if not errors.corrected and result.corrects:
         entry.notes.append("bias correction taken back: it made this layer's error larger")
     return entry

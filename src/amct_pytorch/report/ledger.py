@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,11 +15,19 @@ LEDGER_VERSION = 1
 # Below these the quantized model's output has little to do with the float model's.
 POOR_SQNR_DB = 10.0
 POOR_COSINE = 0.95
+# Stands for minus infinity, which JSON cannot hold.
+LOST_DB = -999.0
 
 
 def decibels(value: float | None) -> float | None:
-    """`value` as JSON can hold it: infinities (no error at all) become None."""
-    return value if value is not None and math.isfinite(value) else None
+    """`value` as JSON can hold it.
+
+    Infinity (no error at all) becomes None; minus infinity (an error where there is no signal,
+    or values lost to NaN) becomes `LOST_DB`.
+    """
+    if value is None or value == math.inf:
+        return None
+    return value if math.isfinite(value) else LOST_DB
 
 
 @dataclass
@@ -30,7 +39,7 @@ class LayerEntry:
         type: row of the layer table, e.g. ``Conv2d``.
         status: ``quantized`` or ``float``.
         reason: why it stayed float; None for a quantized layer.
-        parameters: number of its weights and biases.
+        parameters: number of its weights.
         fused: name of the BatchNorm that was folded into it, or None.
         input_scale: scale_d.
         input_offset: offset_d.
@@ -118,8 +127,16 @@ class Ledger:
         """The ledger that `to_json` wrote."""
         raw: dict[str, Any] = json.loads(text)
         layers = [LayerEntry(**entry) for entry in raw.pop("layers")]
+        for layer in layers:
+            layer.input_range = _pair(layer.input_range)
+            layer.weight_scale_range = _pair(layer.weight_scale_range)
         output = raw.pop("output")
         return cls(layers=layers, output=OutputEntry(**output) if output else None, **raw)
+
+
+def _pair(values: Sequence[float] | None) -> tuple[float, float] | None:
+    """What JSON made a list, as the pair it was."""
+    return None if values is None else (values[0], values[1])
 
 
 def output_entry(original: list[Any], other: list[Any]) -> OutputEntry | None:
