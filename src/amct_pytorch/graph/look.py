@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
 from amct_pytorch.errors import ArgumentTypeError, ModelError
 from amct_pytorch.graph.layers import LAYER_KINDS, LayerKind, SeenLayer
@@ -46,6 +47,17 @@ def copy_model(model: nn.Module) -> nn.Module:
         raise ArgumentTypeError(
             f"model is a {type(model).__name__}; allowed is a torch.nn.Module with its weights"
         )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError(
+            "the model is a scripted or traced module, whose layers cannot be seen; give the "
+            "torch.nn.Module it was made from"
+        )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise ModelError(
+                f"{name!r} has no values yet: it belongs to a lazy layer; run it once before, "
+                "with model(*input_data)"
+            )
     try:
         return copy.deepcopy(model).eval()
     except Exception as error:
@@ -99,23 +111,34 @@ def kind_of(module: nn.Module) -> LayerKind | None:
 
 
 def _owns(op: OpCall, path: str) -> bool:
-    """Whether no other layer's forward runs between module `path` and the call."""
+    """Whether the call was made in the forward of module `path` or of its own submodules."""
     inner = op.scopes[op.scopes.index(path) + 1 :]
     return all(scope.startswith(f"{path}.") for scope in inner)
 
 
 def _shared_owners(model: nn.Module) -> dict[str, str]:
     """For each module path that shares a parameter's memory: a name it shares with."""
-    owners: dict[Any, list[str]] = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    spans = []
+    # By module, so that one module registered under two names does not count as two.
+    named = [
+        (f"{path}.{key}" if path else key, parameter)
+        for path, module in model.named_modules()
+        for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
+    ]
+    for name, parameter in named:
         if parameter.numel() and parameter.device.type != "meta":
-            owners[parameter.untyped_storage().data_ptr()].append(name)
-    shared = {}
-    for names in owners.values():
-        for name in names:
-            others = [other for other in names if other != name]
-            if others:
-                shared[name.rpartition(".")[0]] = others[0]
+            start = parameter.data_ptr()
+            size = parameter.numel() * parameter.element_size()
+            spans.append((str(parameter.device), start, start + size, name))
+    shared: dict[str, str] = {}
+    reach = ("", 0, "")
+    for device, start, end, name in sorted(spans):
+        # Sorted by start, a span overlaps an earlier one iff it begins before the furthest end.
+        if reach[0] == device and start < reach[1]:
+            shared.setdefault(name.rpartition(".")[0], reach[2])
+            shared.setdefault(reach[2].rpartition(".")[0], name)
+        if reach[0] != device or end > reach[1]:
+            reach = (device, end, name)
     return shared
 
 
@@ -149,6 +172,9 @@ def _why_not(
         names = " or ".join(kind.functions)
         return f"its forward called {names} {len(calls)} times; exactly one call is supported"
     call = calls[0]
+    for scope in call.scopes[call.scopes.index(path) + 1 :]:
+        if kind_of(module.get_submodule(scope[len(path) + 1 :])) is not None:
+            return f"its call is made by layer {scope!r} inside it"
     weight = call.argument(1, "weight")
     x = call.argument(0, "input")
     if not isinstance(weight, Operand) or not isinstance(x, Operand):
@@ -200,9 +226,22 @@ def _find_fusable_norms(model: nn.Module, trace: Trace, calls: dict[str, OpCall]
         norm_path = norm_call.scopes[-1]
         norm = model.get_submodule(norm_path)
         if (
-            isinstance(norm, nn.modules.batchnorm._BatchNorm)
+            isinstance(norm, _BatchNorm)
             and norm.running_mean is not None
             and trace.runs[norm_path] == 1
+            and _normalizes_as_it_says(model, norm, norm_call)
         ):
             found[path] = norm_path
     return found
+
+
+def _normalizes_as_it_says(model: nn.Module, norm: _BatchNorm, call: OpCall) -> bool:
+    """Whether a batch_norm call uses just what its module holds, in inference form."""
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    for position, name in enumerate(("running_mean", "running_var", "weight", "bias"), start=1):
+        operand, held = call.argument(position, name), getattr(norm, name)
+        used = tensors.get(operand.parameter or "") if isinstance(operand, Operand) else operand
+        if used is not held:
+            return False
+    eps = call.argument(7, "eps")
+    return not call.argument(5, "training") and (1e-5 if eps is None else eps) == norm.eps

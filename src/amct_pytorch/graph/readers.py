@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Mapping
 
 from amct_pytorch.graph.look import ModelGraph
@@ -9,8 +10,29 @@ from amct_pytorch.graph.look import ModelGraph
 # Functions whose result is quantized as well as their input: they only move, select or clip
 # values. (A fused batch_norm passes its input on.)
 PASSING = frozenset(
-    "relu relu_ relu6 hardtanh hardtanh_ clamp clamp_ reshape view flatten transpose permute "
-    "contiguous squeeze unsqueeze max_pool2d dropout dropout_ cat concat pad".split()
+    (
+        "relu",
+        "relu_",
+        "relu6",
+        "hardtanh",
+        "hardtanh_",
+        "clamp",
+        "clamp_",
+        "reshape",
+        "view",
+        "flatten",
+        "transpose",
+        "permute",
+        "contiguous",
+        "squeeze",
+        "unsqueeze",
+        "max_pool2d",
+        "dropout",
+        "dropout_",
+        "cat",
+        "concat",
+        "pad",
+    )
 )
 
 
@@ -32,6 +54,7 @@ def layers_read_in_float(
     inputs = {op.inputs[0] for name, op in graph.calls.items() if name in names}
     norms = set(fused.values())
 
+    @functools.cache
     def reaches(value: int) -> tuple[bool, bool]:
         """Whether a quantized layer reads the value, and whether anything in float does."""
         layer, other = value in inputs, False

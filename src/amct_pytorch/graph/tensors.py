@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,3 +83,12 @@ class ModelInputs:
     def call(self, model: torch.nn.Module) -> Any:
         """`model` run on these arguments."""
         return model(*self.args, **self.kwargs)
+
+
+@contextmanager
+def random_state_kept(model: torch.nn.Module) -> Iterator[None]:
+    """Afterwards the global random state of the CPU and of the model's GPUs is as before."""
+    tensors = (*model.parameters(), *model.buffers())
+    gpus = {tensor.device.index for tensor in tensors if tensor.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(gpus)):
+        yield

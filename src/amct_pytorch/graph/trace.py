@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from amct_pytorch.errors import ModelError
-from amct_pytorch.graph.tensors import ModelInputs, tensors_in
+from amct_pytorch.graph.tensors import ModelInputs, random_state_kept, tensors_in
 
 TORCH_PACKAGE = torch.__file__.rsplit("/", 1)[0].rsplit("\\", 1)[0]
 
@@ -176,11 +176,13 @@ def _scopes_watched(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
             recorder.scopes.append(path)
             recorder.trace.runs[path] = recorder.trace.runs.get(path, 0) + 1
 
-        def leave(_: nn.Module, __: Any, ___: Any) -> None:
-            recorder.scopes.pop()
+        def leave(_: nn.Module, __: Any, ___: Any, path: str = path) -> None:
+            if recorder.scopes[-1:] == [path]:
+                recorder.scopes.pop()
 
         handles.append(module.register_forward_pre_hook(enter))
-        handles.append(module.register_forward_hook(leave))
+        # Also where a forward raises and its caller goes on; it may not even have begun then.
+        handles.append(module.register_forward_hook(leave, always_call=True))
     try:
         yield
     finally:
@@ -206,16 +208,22 @@ def trace_forward(model: nn.Module, inputs: ModelInputs) -> Trace:
     """Runs `model` once on `inputs` and returns what it did.
 
     The model's buffers may change, as in any forward; give a copy. It runs in the mode it
-    is in, without gradients.
+    is in, without gradients, on copies of the inputs.
 
     Raises:
         ModelError: the forward raised; the message names the module, the user's line and
             what to look at.
     """
     recorder = _Recorder(model)
+    inputs = inputs.copied()
     recorder.name_inputs(inputs)
     try:
-        with torch.no_grad(), _scopes_watched(model, recorder), recorder:
+        with (
+            torch.no_grad(),
+            random_state_kept(model),
+            _scopes_watched(model, recorder),
+            recorder,
+        ):
             outputs = inputs.call(model)
     except Exception as error:
         raise ModelError(

@@ -11,11 +11,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from amct_pytorch.errors import ModelError
 from amct_pytorch.graph.layers import LAYER_KINDS, SeenLayer
 from amct_pytorch.graph.look import ModelGraph, copy_model, kind_of
-from amct_pytorch.graph.tensors import ModelInputs
+from amct_pytorch.graph.tensors import ModelInputs, random_state_kept
 from amct_pytorch.graph.trace import Operand
 from amct_pytorch.nn.fuse_norm import SkippedNorm, fuse_norm
 from amct_pytorch.nn.intercept import LayerCall
-from amct_pytorch.nn.wrapped import CompressedLayer, Wrapped, replace_module
+from amct_pytorch.nn.wrapped import CompressedLayer, Wrapped, replace_modules
 
 
 def instrument(
@@ -42,6 +42,7 @@ def instrument(
     wanted = set(names)
     layers = [layer for layer in graph.layers if layer.name in wanted]
     operands = _operands(copied, graph, inputs, layers)
+    replacements: dict[nn.Module, nn.Module] = {}
     for layer in layers:
         weight, bias = operands[layer.name]
         kind = LAYER_KINDS[layer.kind]
@@ -54,9 +55,10 @@ def instrument(
             _check_finite(f"{layer.name} with {norm_name} fused", fused_weight, bias)
             with torch.no_grad():
                 weight.copy_(fused_weight)
-            replace_module(copied, norm_name, SkippedNorm(norm))
+            replacements[norm] = SkippedNorm(norm)
         module = copied.get_submodule(layer.name)
-        replace_module(copied, layer.name, CompressedLayer(layer.name, kind, module, weight, bias))
+        replacements[module] = CompressedLayer(layer.name, kind, module, weight, bias)
+    replace_modules(copied, replacements)
     return copied
 
 
@@ -99,16 +101,13 @@ def _captured(
     if not names:
         return {}
     originals = {name: model.get_submodule(name) for name in names}
-    captures = {}
-    for name, module in originals.items():
-        captures[name] = _Capture(module, _functions(module))
-        replace_module(model, name, captures[name])
+    captures = {name: _Capture(module, _functions(module)) for name, module in originals.items()}
+    replace_modules(model, {originals[name]: captures[name] for name in names})
     try:
-        with torch.no_grad():
-            inputs.call(model)
+        with torch.no_grad(), random_state_kept(model):
+            inputs.copied().call(model)
     finally:
-        for name, module in originals.items():
-            replace_module(model, name, module)
+        replace_modules(model, {captures[name]: originals[name] for name in names})
     operands = {}
     for name, capture in captures.items():
         if capture.operands is None:

@@ -67,7 +67,9 @@ class IntegerOperands:
 
     def run(self, layer: CompressedLayer, call: LayerCall) -> Tensor:
         """The call's result, in the input's dtype."""
-        sums = call.run(self.quantized_input(call.x), self.weight, self.bias.float())
+        # Integers up to 2^24 are exact in float32 and in nothing that autocast would choose.
+        with torch.autocast(call.x.device.type, enabled=False):
+            sums = call.run(self.quantized_input(call.x), self.weight, self.bias.float())
         return sums.mul_(layer.per_channel(self.dequant_scale, sums)).to(call.x.dtype)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +12,13 @@ from amct_pytorch.nn.intercept import CallInterceptor, LayerCall
 
 # Name of the submodule that holds the user's own module.
 INNER = "layer"
+
+
+def _seen(_: nn.Module, __: Any) -> None:
+    """A hook that does nothing, and by being there keeps torch off its shortcuts.
+
+    nn.TransformerEncoderLayer would read the weights of its Linears and never run them.
+    """
 
 
 class Wrapped(nn.Module):
@@ -32,12 +40,14 @@ class Wrapped(nn.Module):
         for name, parameter in own.items():
             self.register_parameter(name, parameter)
         self.layer = layer
+        self.register_forward_pre_hook(_seen)
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == INNER:
+            # Special methods are looked up on the class; the inner module's are its own.
+            if name == INNER or name.startswith("__"):
                 raise
             return getattr(super().__getattr__(INNER), name)
 
@@ -120,8 +130,28 @@ def compressed_layers(model: nn.Module) -> dict[str, CompressedLayer]:
     }
 
 
-def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Puts `module` at the dotted `path`."""
-    parent_path, _, child = path.rpartition(".")
-    parent = model.get_submodule(parent_path)
-    parent._modules[child] = module
+def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Puts modules in the place of others, wherever `model` holds those.
+
+    That is under every name they are registered by, and in the lists, tuples and dicts that
+    its modules have as plain attributes.
+    """
+    for parent in list(model.modules()):
+        attributes = vars(parent)
+        for name, value in list(attributes.items()):
+            attributes[name] = _replaced(value, replacements)
+
+
+def _replaced(value: Any, replacements: Mapping[nn.Module, nn.Module]) -> Any:
+    """`value` with modules replaced: lists and dicts in place, tuples anew."""
+    if isinstance(value, nn.Module):
+        return replacements.get(value, value)
+    if isinstance(value, dict):
+        for key, item in value.items():
+            value[key] = _replaced(item, replacements)
+    elif isinstance(value, list):
+        value[:] = [_replaced(item, replacements) for item in value]
+    elif type(value) is tuple:
+        items = tuple(_replaced(item, replacements) for item in value)
+        return items if any(a is not b for a, b in zip(items, value, strict=True)) else value
+    return value
