@@ -51,22 +51,25 @@ class Observe(Stage):
     def run(self, layer: CompressedLayer, call: LayerCall) -> Tensor:
         """The float result."""
         statistics = self.statistics[layer.name]
-        try:
-            statistics.inputs.update(call.x)
-        except ValueError:
-            raise CalibrationError(
-                f"the input of layer {layer.name!r} holds NaN or infinity in calibration batch "
-                f"{self.batch + 1}; check the calibration data and the layers before this one"
-            ) from None
+        self._count(statistics.inputs, call.x, f"the input of layer {layer.name!r}")
         if statistics.mean_input is not None:
             statistics.mean_input.update(call.x, channels_last=layer.kind.channel_axis == -1)
         self.calls[layer.name] = replace(call, x=call.x.new_empty(0))
         y = call.run(call.x, layer.weight, layer.bias)
         if statistics.outputs is not None:
-            statistics.outputs.update(y)
+            self._count(statistics.outputs, y, f"the output of layer {layer.name!r}")
         if self.last:
             statistics.output = sample(y)
         return y
+
+    def _count(self, histogram: Histogram, x: Tensor, what: str) -> None:
+        try:
+            histogram.update(x)
+        except ValueError:
+            raise CalibrationError(
+                f"{what} holds NaN or infinity in calibration batch {self.batch + 1}; check the "
+                "calibration data and the layers before this one"
+            ) from None
 
 
 @without_autograd
