@@ -212,6 +212,34 @@ def test_a_forward_that_differs_from_run_to_run_is_told() -> None:
     net = Net(flip, a=StandardizedConv(4, 4, 3, padding=1)).eval()
     inputs = ModelInputs.of(image())
     graph = look_at(net, inputs)
-    net.runs = 1
+    net.runs = 0
     with pytest.raises(ModelError, match="'a' ran in one forward of the model and not in the next"):
         instrument(net, graph, inputs, ["a"], {})
+
+
+class Box:
+    """An object that cannot be looked into."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+
+class HiddenReference(nn.Module):
+    """Calls its BatchNorm through a helper object, in which it cannot be replaced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.bn.running_var.fill_(9.0)
+        self.box = Box(self.bn)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.box.module(self.conv(x))
+
+
+def test_module_that_cannot_be_replaced_everywhere_is_an_error() -> None:
+    model = HiddenReference().eval()
+    inputs = ModelInputs.of(torch.randn(2, 3, 8, 8))
+    graph = look_at(model, inputs)
+    with pytest.raises(ModelError, match=r"changes the float result.*not a submodule"):
+        instrument(model, graph, inputs, ["conv"], {"conv": "bn"})

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from amct_pytorch.algorithms.solve import BIAS_LIMIT, complete_factors, weight_factors
 from amct_pytorch.config.models import CalibrationConfig
 from amct_pytorch.errors import CalibrationError
-from amct_pytorch.graph.tensors import ModelInputs, tensors_in
+from amct_pytorch.graph.tensors import ModelInputs, random_state_kept, tensors_in
 from amct_pytorch.logs import logger
 from amct_pytorch.nn.calibrate import Check, LayerErrors, Observe, corrected_bias
 from amct_pytorch.nn.simulate import IntegerOperands, Simulate, integer_bias
@@ -200,7 +200,8 @@ class Calibration:
         for layer in self._layers.values():
             layer.stage = check
         assert self._last_inputs is not None
-        outputs = list(tensors_in(self._last_inputs.call(self._model)))
+        with random_state_kept(self._model):
+            outputs = list(tensors_in(self._last_inputs.call(self._model)))
         self._last_inputs = None
         for name, change in changes.items():
             errors = check.errors.get(name)

@@ -215,8 +215,13 @@ def save_model(modfied_onnx_file: PathLike, record_file: PathLike, save_path: Pa
     deploy = build_deploy(float_model, factors)
     fake_quant = build_fake_quant(float_model, factors)
     ledger = _stored_ledger(float_model, factors)
-    save_onnx(fake_quant, targets["fake_quant"], what="save_path")
-    save_onnx(deploy, targets["deploy"], what="save_path")
+    save_onnx(
+        fake_quant,
+        targets["fake_quant"],
+        what="save_path",
+        external_suffix="_fakequant.external",
+    )
+    save_onnx(deploy, targets["deploy"], what="save_path", external_suffix="_deploy.external")
     ledger.bytes = {
         "float": Path(modfied_onnx_file).stat().st_size,
         "fake-quant": targets["fake_quant"].stat().st_size,

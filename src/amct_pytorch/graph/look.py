@@ -16,6 +16,9 @@ from amct_pytorch.graph.tensors import ModelInputs
 from amct_pytorch.graph.trace import OpCall, Operand, Trace, trace_forward
 
 
+SUPPORTED_DTYPES = (torch.float32,)
+
+
 @dataclass(frozen=True)
 class ModelGraph:
     """What one look at a model found.
@@ -179,6 +182,9 @@ def _why_not(
     x = call.argument(0, "input")
     if not isinstance(weight, Operand) or not isinstance(x, Operand):
         return "its call has no tensor as weight or as input"
+    dtype = getattr(module.weight, "dtype", torch.float32)
+    if dtype not in SUPPORTED_DTYPES:
+        return f"its weight is {dtype}; supported in this version is torch.float32"
     if weight.value in trace.from_input:
         return "its weight is computed from the model's input"
     others = [op for op in trace.consumers(weight.value) if op.index != call.index]

@@ -11,11 +11,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from amct_pytorch.errors import ModelError
 from amct_pytorch.graph.layers import LAYER_KINDS, SeenLayer
 from amct_pytorch.graph.look import ModelGraph, copy_model, kind_of
-from amct_pytorch.graph.tensors import ModelInputs, random_state_kept
+from amct_pytorch.graph.tensors import ModelInputs, random_state_kept, tensors_in
 from amct_pytorch.graph.trace import Operand
 from amct_pytorch.nn.fuse_norm import SkippedNorm, fuse_norm
 from amct_pytorch.nn.intercept import LayerCall
 from amct_pytorch.nn.wrapped import CompressedLayer, Wrapped, replace_modules
+from amct_pytorch.observers.statistics import Agreement
+
+# A folded BatchNorm moves the result by its rounding, above 100 dB in float32.
+SAME_DB = 60.0
 
 
 def instrument(
@@ -36,9 +40,10 @@ def instrument(
 
     Raises:
         ModelError: a weight, bias or BatchNorm holds NaN or infinity, or the model cannot be
-            copied or run.
+            copied or run, or its modules are not held where they can be replaced.
     """
     copied = copy_model(model)
+    original = _outputs(copied, inputs)
     wanted = set(names)
     layers = [layer for layer in graph.layers if layer.name in wanted]
     operands = _operands(copied, graph, inputs, layers)
@@ -59,7 +64,29 @@ def instrument(
         module = copied.get_submodule(layer.name)
         replacements[module] = CompressedLayer(layer.name, kind, module, weight, bias)
     replace_modules(copied, replacements)
+    _check_same(original, _outputs(copied, inputs))
     return copied
+
+
+def _outputs(model: nn.Module, inputs: ModelInputs) -> list[Tensor]:
+    with torch.no_grad(), random_state_kept(model):
+        return [tensor.detach() for tensor in tensors_in(inputs.copied().call(model))]
+
+
+def _check_same(original: list[Tensor], instrumented: list[Tensor]) -> None:
+    """Finds modules that could not be replaced everywhere: the float result changes then."""
+    for a, b in zip(original, instrumented, strict=False):
+        if not a.is_floating_point() or not bool(torch.isfinite(a).all()):
+            continue
+        agreement = Agreement.between(a, b)
+        if agreement.sqnr_db < SAME_DB:
+            raise ModelError(
+                "putting the toolkit's modules in changes the float result (SQNR "
+                f"{agreement.sqnr_db:.1f} dB to the original). The forward probably calls a "
+                "layer or a BatchNorm through a reference that is not a submodule, list or dict "
+                "(functools.partial, a helper object); call it as an attribute of its module, or "
+                "name its layer in skip_fusion_layers"
+            )
 
 
 def _operands(
