@@ -47,11 +47,16 @@ class Job:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def calibration_batches(self) -> list[np.ndarray]:
-        """`batches` batches of `batch_size`; the crops start over when they run out."""
+        """`batches` batches of `batch_size`; the crops start over when they run out.
+
+        All are views of the same 32 crops, so that more batches do not take more memory here.
+        """
         with np.load(self._inputs) as arrays:
             crops = arrays["calibration"]
-        rows = np.arange(self.batches * self.batch_size) % len(crops)
-        return [crops[part] for part in np.split(rows, self.batches)]
+        if len(crops) % self.batch_size:
+            raise ValueError(f"{len(crops)} crops cannot be cut into batches of {self.batch_size}")
+        starts = [i * self.batch_size % len(crops) for i in range(self.batches)]
+        return [crops[start : start + self.batch_size] for start in starts]
 
     @contextmanager
     def call(self) -> Iterator[None]:

@@ -76,7 +76,7 @@ OURS = [
     Contender("amct", "**amct_pytorch**", "amct_ptq.py"),
     Contender(
         "amct-32-batches",
-        "amct_pytorch, batch_num 32",
+        "amct_pytorch, batch_num 32 (8 × the data)",
         "amct_ptq.py",
         arguments=("--batches", "32"),
     ),
@@ -98,7 +98,7 @@ PEERS = [
     ),
     Contender("nncf", "NNCF (ONNX)", "nncf_onnx.py", "nncf"),
     Contender("modelopt-onnx", "ModelOpt (ONNX)", "modelopt_onnx.py", "modelopt"),
-    Contender("modelopt-torch", "ModelOpt (torch, simulated)", "modelopt_torch.py", "modelopt"),
+    Contender("modelopt-torch", "ModelOpt (torch)", "modelopt_torch.py", "modelopt"),
     Contender("torchao", "torchao PT2E, x86 quantizer", "torchao_pt2e.py", "torchao"),
     Contender("quanto", "optimum-quanto", "quanto_torch.py", "quanto"),
 ]

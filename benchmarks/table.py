@@ -1,16 +1,15 @@
-"""The results as Markdown, written between two markers of `benchmarks/README.md`."""
+"""The results as Markdown, written between markers of the READMEs here and at the root."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from machine import has_exact_u8s8
-from peers import FLOORS, HERE, OURS, PEERS, Contender
+from peers import FLOORS, HERE, OURS, PEERS, ROOT, Contender
 
-README = HERE / "README.md"
 RESULTS = HERE / "results" / "efficientnet_lite0.json"
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 ABSENT = "–"
 ROLES = {
     "simulated": "simulated in torch",
@@ -29,11 +28,19 @@ def markdown(document: dict) -> str:
 
 
 def write(document: dict) -> None:
-    """Replace what stands between the markers."""
-    text = README.read_text()
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    README.write_text(f"{before}{BEGIN}\n{markdown(document)}\n{END}{after}")
+    """Put the tables into both READMEs."""
+    _replace(HERE / "README.md", "results", markdown(document))
+    _replace(ROOT / "README.md", "measured", short_table(document))
+
+
+def _replace(file: Path, marker: str, text: str) -> None:
+    """Replace what stands between the two comments of that name."""
+    begin, end = f"<!-- {marker}: begin -->", f"<!-- {marker}: end -->"
+    before, found_begin, rest = file.read_text().partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not found_begin or not found_end:
+        raise SystemExit(f"{file.name} has no place for the table: {begin} … {end}")
+    file.write_text(f"{before}{begin}\n{text}\n{end}{after}")
 
 
 def _setting(document: dict) -> str:
@@ -116,22 +123,61 @@ def _floors(results: dict) -> str:
 
 def _ours(results: dict) -> str:
     """Where our time goes, as ratios to the float pass of the same run, and memory by batches."""
-    floor = results.get("float-torch", {}).get("phases", {}).get("call")
     present = [contender for contender in OURS if _has(results, contender)]
-    if not present or not floor:
+    if not present or not all(_has(results, contender) for contender in FLOORS):
         return ""
-    header = ("step", *(f"{c.label}: s, × float pass" for c in present))
-    names = list(results[present[0].name]["phases"])
+    floor = _cpu_seconds(results, "float-torch")
+    export = _cpu_seconds(results, "float-export")
+    header = ("step", *(f"{c.label}: CPU s, × float pass" for c in present))
     rows = []
-    for name in names:
-        cells = [name.replace("call", "all together")]
-        for contender in present:
-            seconds = results[contender.name]["phases"][name]["wall_s"]
-            cells.append(f"{seconds:.2f}, {seconds / floor['wall_s']:.2f}")
-        rows.append(tuple(cells))
+    for name in results[present[0].name]["phases"]:
+        seconds = [_cpu_seconds(results, c.name, name) for c in present]
+        label = "all together" if name == "call" else f"`{name}`"
+        rows.append((label, *(f"{s:.2f}, {s / floor:.2f}" for s in seconds)))
+    rest = [
+        _cpu_seconds(results, c.name) - _cpu_seconds(results, c.name, "deploy_to_qdq") - export
+        for c in present
+    ]
+    rows.append(
+        (
+            "all but `deploy_to_qdq`, less the export alone",
+            *(f"{s:.2f}, {s / floor:.2f}" for s in rest),
+        )
+    )
     peaks = [f"{results[c.name]['memory']['peak_mb']:.0f} MB" for c in present]
     rows.append(("peak memory", *peaks))
     return _table(header, rows)
+
+
+def _cpu_seconds(results: dict, name: str, phase: str = "call") -> float:
+    seconds: float = results[name]["phases"][phase]["cpu_s"]
+    return seconds
+
+
+def short_table(document: dict) -> str:
+    """What stands in the README of the project: fidelity and speed of each int8 result."""
+    results = document["contenders"]
+    rows = []
+    for contender in [*OURS[:1], *PEERS]:
+        if _has(results, contender) and "fidelity" in results[contender.name]:
+            result = results[contender.name]
+            role = "qdq" if "qdq" in result["fidelity"] else "simulated"
+            fidelity = result["fidelity"][role]
+            rows.append(
+                (
+                    f"{contender.label}, {ROLES[role]}",
+                    f"{fidelity['sqnr_db']:.1f}",
+                    f"{100 * fidelity['agreement']:.1f} %",
+                    _speed_up(result.get("latency")),
+                )
+            )
+    header = ("EfficientNet-Lite0, int8", "logits SQNR dB", "top-1 agreement", "speed-up")
+    return (
+        f"{_setting(document)}\n\n{_table(header, rows)}\n\n"
+        "Speed-up: float over int8 latency in ONNX Runtime, one image, one thread, with exact "
+        "kernels (in brackets: with kernels that clip on this CPU). More, and how it is measured: "
+        "[benchmarks/README.md](benchmarks/README.md)."
+    )
 
 
 def _left_out(results: dict) -> str:
