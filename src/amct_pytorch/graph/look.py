@@ -15,7 +15,6 @@ from amct_pytorch.graph.layers import LAYER_KINDS, LayerKind, SeenLayer
 from amct_pytorch.graph.tensors import ModelInputs
 from amct_pytorch.graph.trace import OpCall, Operand, Trace, trace_forward
 
-
 SUPPORTED_DTYPES = (torch.float32,)
 
 
