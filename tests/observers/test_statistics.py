@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from amct_pytorch.observers.mean_input import MeanInput
-from amct_pytorch.observers.statistics import SAMPLE_SIZE, Agreement, sample
+from amct_pytorch.observers.statistics import SAMPLE_SIZE, Agreement, sample, sampled_channels
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -151,3 +151,16 @@ def test_sample_is_a_copy() -> None:
     taken = sample(y)
     y.zero_()
     assert float(taken.sum()) == 10
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((8, 96, 56, 56), 1), ((3, 5, 7, 7), 1), ((4, 6, 16), -1), ((2, 10), 1)]
+)
+def test_sampled_channels_are_those_of_the_sample(shape: tuple[int, ...], axis: int) -> None:
+    size = [1] * len(shape)
+    size[axis] = -1
+    numbered = torch.arange(float(shape[axis])).view(size).expand(shape)
+    channels = sampled_channels(numbered, axis)
+    assert torch.equal(channels.float(), sample(numbered))
+    # No channel is left out where there is room for all.
+    assert set(channels.tolist()) == set(range(shape[axis]))

@@ -15,7 +15,7 @@ from amct_pytorch.nn.simulate import IntegerOperands, integer_bias, without_auto
 from amct_pytorch.nn.wrapped import CompressedLayer, Stage
 from amct_pytorch.observers.histogram import Histogram
 from amct_pytorch.observers.mean_input import MeanInput
-from amct_pytorch.observers.statistics import Agreement, LayerStatistics, sample
+from amct_pytorch.observers.statistics import Agreement, LayerStatistics, sample, sampled_channels
 
 
 class Observe(Stage):
@@ -155,17 +155,18 @@ class Check(Stage):
         target = self._statistics[layer.name].output
         if target is None:
             return y
-        now = Agreement.between(target, sample(y))
+        sampled = sample(y)
+        now = Agreement.between(target, sampled)
         change = self._changes.get(layer.name)
         if change is None:
             self.errors[layer.name] = LayerErrors(now, now, corrected=False)
             return y
-        without = y - layer.per_channel(change.to(y.dtype), y)
-        was = Agreement.between(target, sample(without))
+        shift = change.float()[sampled_channels(y, layer.kind.channel_axis)]
+        was = Agreement.between(target, sampled - shift)
         corrected = now.sqnr_db >= was.sqnr_db
         self.errors[layer.name] = LayerErrors(was, now if corrected else was, corrected)
         if corrected:
             return y
         bias = integer_bias(layer.bias, operands.dequant_scale)
         self._operands[layer.name] = replace(operands, bias=bias)
-        return without
+        return y - layer.per_channel(change.to(y.dtype), y)

@@ -17,10 +17,22 @@ SAMPLE_SIZE = 2**16
 
 def sample(y: Tensor) -> Tensor:
     """At most SAMPLE_SIZE values of `y` at even distances, float32, always the same ones."""
-    flat = y.detach().flatten()
-    # An odd distance does not fall into step with the even sizes of images.
-    step = math.ceil(flat.numel() / SAMPLE_SIZE) | 1
-    return flat[::step].float().clone()
+    return y.detach().flatten()[:: _distance(y.numel())].float().clone()
+
+
+def sampled_channels(y: Tensor, channel_axis: int) -> Tensor:
+    """The channel of each value of `sample(y)`, int64."""
+    axis = channel_axis % y.dim()
+    positions = torch.arange(0, y.numel(), _distance(y.numel()), device=y.device)
+    return positions // math.prod(y.shape[axis + 1 :]) % y.shape[axis]
+
+
+def _distance(number: int) -> int:
+    """The distance at which `sample` takes values, never in step with the tensor's sizes."""
+    step = max(1, math.ceil(number / SAMPLE_SIZE))
+    while number and math.gcd(step, number) > 1:
+        step += 1
+    return step
 
 
 @dataclass
