@@ -13,12 +13,15 @@ if TYPE_CHECKING:
     from amct_pytorch.errors import AmctError
     from amct_pytorch.export.deploy_session import DeploySession
     from amct_pytorch.export.qdq import deploy_to_qdq
+    from amct_pytorch.flows.decomposition import auto_decomposition, decompose_network
     from amct_pytorch.flows.post_training import create_quant_config, quantize_model, save_model
 
 _HOMES = {
     "AmctError": "errors",
     "DeploySession": "export.deploy_session",
+    "auto_decomposition": "flows.decomposition",
     "create_quant_config": "flows.post_training",
+    "decompose_network": "flows.decomposition",
     "deploy_to_qdq": "export.qdq",
     "quantize_model": "flows.post_training",
     "save_model": "flows.post_training",
@@ -28,7 +31,9 @@ __version__ = "0.1.0"
 __all__ = [
     "AmctError",
     "DeploySession",
+    "auto_decomposition",
     "create_quant_config",
+    "decompose_network",
     "deploy_to_qdq",
     "quantize_model",
     "save_model",

@@ -79,7 +79,7 @@ def look_at(model: nn.Module, inputs: ModelInputs) -> ModelGraph:
     """
     watched = copy_model(model)
     trace = trace_forward(watched, inputs)
-    sharing = _shared_owners(model)
+    sharing = shared_owners(model)
     layers = []
     calls: dict[str, OpCall] = {}
     for path, module in watched.named_modules():
@@ -118,7 +118,7 @@ def _owns(op: OpCall, path: str) -> bool:
     return all(scope.startswith(f"{path}.") for scope in inner)
 
 
-def _shared_owners(model: nn.Module) -> dict[str, str]:
+def shared_owners(model: nn.Module) -> dict[str, str]:
     """For each module path that shares a parameter's memory: a name it shares with."""
     spans = []
     # By module, so that one module registered under two names does not count as two.

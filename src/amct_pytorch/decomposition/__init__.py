@@ -1,0 +1,1 @@
+"""Splitting one convolution into a few small ones: ranks, factors, files, modules."""

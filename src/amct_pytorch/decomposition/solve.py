@@ -1,0 +1,184 @@
+"""One layer: both kernel orders tried, one taken, its factors and their error."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from amct_pytorch.decomposition.factorise import Factorisation, factorise
+from amct_pytorch.decomposition.geometry import Geometry, Split, weights_in
+from amct_pytorch.decomposition.policy import RankChoice, RankPolicy
+from amct_pytorch.decomposition.tucker import cheapest_tucker
+
+# By the kernel axis that the first piece runs along; the first piece always has the input
+# channels, the first of the pair.
+SPATIAL_MODES = ("FCFK", "FCSK")
+TUCKER_MODE = "TUCKER2"
+# A measured error above the one that the energies promise by more than this is a failure.
+ERROR_SLACK = 1e-3
+
+
+@dataclass(frozen=True)
+class Solution:
+    """How one layer is split.
+
+    Attributes:
+        mode: ``FCFK`` (vertical kernel axis first), ``FCSK`` or ``TUCKER2``.
+        split: shapes of the pieces' weights.
+        weights: the weights, in the dtype they were solved in.
+        rank: channels between the pieces (the smallest, for Tucker-2).
+        estimate: what the policy wanted before bounds and rounding.
+        error: relative Frobenius error of the weight, measured on the factors.
+        other_error: error that the other order would have at its rank.
+        method: how the factors were found.
+    """
+
+    mode: str
+    split: Split
+    weights: list[Tensor]
+    rank: int
+    estimate: int
+    error: float
+    other_error: float | None
+    method: str
+
+
+@dataclass(frozen=True)
+class _Order:
+    """One of the two kernel orders."""
+
+    axis: int
+    found: Factorisation
+    choice: RankChoice
+
+
+def solve_layer(
+    weight: Tensor,
+    geometry: Geometry,
+    policy: RankPolicy,
+    *,
+    minimum_saving: float = 0.0,
+    tucker: bool = False,
+) -> Solution | str:
+    """Splits one weight.
+
+    Args:
+        weight: [N, C, kh, kw]; float16 and bfloat16 are solved in float32.
+        geometry: of the layer.
+        policy: decides the rank.
+        minimum_saving: share of weights and FLOPs that must at least be saved.
+        tucker: whether the Tucker-2 form is taken where it costs less at no more error.
+
+    Returns:
+        The solution, or the reason why there is none.
+    """
+    weight = weight.detach()
+    if weight.dtype not in (torch.float32, torch.float64):
+        weight = weight.float()
+    if not bool(torch.isfinite(weight).all()):
+        return "its weight holds NaN or infinity"
+    if not bool(weight.any()):
+        return "its weight is all zero"
+    orders = [_examine(weight, geometry, policy, axis) for axis in (0, 1)]
+    orders = [order for order in orders if order.choice.rank > 0]
+    if not orders:
+        return "no component of its weight stands out of the noise"
+    chosen = _better(orders, geometry)
+    solution = _spatial(weight, geometry, chosen, orders)
+    if tucker:
+        other = cheapest_tucker(weight, geometry, solution.error)
+        if other and geometry.macs(other.split) < geometry.macs(solution.split):
+            solution = Solution(
+                TUCKER_MODE,
+                other.split,
+                other.weights,
+                min(other.split[1][:2]),
+                solution.estimate,
+                other.error,
+                solution.error,
+                "gram",
+            )
+    return _worth_it(solution, geometry, minimum_saving) or solution
+
+
+def as_matrix(weight: Tensor, axis: int) -> Tensor:
+    """[N, C, kh, kw] as a matrix: (C, kernel `axis`) by (N, the other kernel axis)."""
+    if axis == 0:
+        return weight.permute(1, 2, 0, 3).flatten(2).flatten(0, 1)
+    return weight.permute(1, 3, 0, 2).flatten(2).flatten(0, 1)
+
+
+def as_pieces(left: Tensor, right: Tensor, geometry: Geometry, axis: int) -> list[Tensor]:
+    """The factors [C k, r] and [r, N k'] of `as_matrix` as the weights of two convolutions."""
+    first, last = geometry.spatial(axis, left.shape[1])
+    inner = right.unflatten(1, (geometry.out_channels, -1)).transpose(0, 1)
+    return [left.T.reshape(first), inner.reshape(last)]
+
+
+def _examine(weight: Tensor, geometry: Geometry, policy: RankPolicy, axis: int) -> _Order:
+    matrix = as_matrix(weight, axis)
+    rows, columns = matrix.shape
+    whole = geometry.macs(geometry.whole)
+    one = geometry.macs(geometry.spatial(axis, 1))
+    channels = min(geometry.in_channels, geometry.out_channels)
+    for exact in (False, True):
+        found = factorise(matrix, exact=exact)
+        choice = policy.choose(
+            found, (rows, columns), channels, lambda share: int(share * whole / one)
+        )
+        if choice.certain or "float64" in found.method:
+            break
+    return _Order(axis, found, choice)
+
+
+def _better(orders: list[_Order], geometry: Geometry) -> _Order:
+    """The order with less error at equal cost: what the cheaper of the two pays for."""
+    ones = [geometry.macs(geometry.spatial(order.axis, 1)) for order in orders]
+    budget = min(one * order.choice.rank for one, order in zip(ones, orders, strict=True))
+
+    def error(place: int) -> tuple[float, int]:
+        return orders[place].found.error(budget // ones[place]), ones[place]
+
+    return orders[min(range(len(orders)), key=error)]
+
+
+def _spatial(weight: Tensor, geometry: Geometry, chosen: _Order, orders: list[_Order]) -> Solution:
+    matrix = as_matrix(weight, chosen.axis)
+    rank, found = chosen.choice.rank, chosen.found
+    left, right = found.factors(matrix, rank)
+    error = float((left @ right - matrix).norm() / matrix.norm())
+    if not error <= found.error(rank) + ERROR_SLACK:
+        found = factorise(matrix.double(), exact=True)
+        left, right = (part.to(weight.dtype) for part in found.factors(matrix.double(), rank))
+        error = float((left @ right - matrix).norm() / matrix.norm())
+    others = [o.found.error(o.choice.rank) for o in orders if o is not chosen]
+    return Solution(
+        SPATIAL_MODES[chosen.axis],
+        geometry.spatial(chosen.axis, rank),
+        as_pieces(left, right, geometry, chosen.axis),
+        rank,
+        chosen.choice.estimate,
+        error,
+        others[0] if others else None,
+        found.method,
+    )
+
+
+def _worth_it(solution: Solution, geometry: Geometry, minimum_saving: float) -> str | None:
+    """Why the split does not save enough, or None."""
+    pairs = {
+        "weights": (weights_in(geometry.whole), weights_in(solution.split)),
+        "FLOPs": (geometry.macs(geometry.whole), geometry.macs(solution.split)),
+    }
+    for what, (before, after) in pairs.items():
+        saved = 1 - after / before
+        if saved <= 0:
+            return f"rank {solution.rank} would not save {what} ({after / before:.2f} of them)"
+        if saved < minimum_saving:
+            return (
+                f"rank {solution.rank} would save {saved:.1%} of its {what}; minimum_saving "
+                f"asks for {minimum_saving:.1%}"
+            )
+    return None
