@@ -13,8 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Relative errors of a sound float32 eigen-decomposition are near 1e-6; these are far above.
-PROBE_TOLERANCE = 1e-4
+from amct_pytorch.decomposition.leading import leading_vectors
+
+# Relative errors of a sound float32 eigen-decomposition are near 1e-6; this is far above.
+TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -23,14 +25,18 @@ class Factorisation:
 
     Attributes:
         energies: [n] squared singular values, float64, descending, n the smaller side.
-        basis: [n, n] orthonormal columns that go with them, on the smaller side.
-        of_rows: whether `basis` lives on the rows (else on the columns) of the matrix.
+        gram: [n, n] Gram matrix of the smaller side; or, if `solved`, the orthonormal vectors.
+        solved: whether `gram` holds the vectors.
+        scale: `gram` is that of the matrix divided by this.
+        of_rows: whether the smaller side is the rows (else the columns).
         method: ``gram float32``, ``gram float64`` or ``svd float64``.
         uncertainty: absolute error that an energy may have.
     """
 
     energies: Tensor
-    basis: Tensor
+    gram: Tensor
+    solved: bool
+    scale: float
     of_rows: bool
     method: str
     uncertainty: float
@@ -39,6 +45,16 @@ class Factorisation:
         """Relative Frobenius error of the best approximation of that rank, by the energies."""
         total = float(self.energies.sum())
         return (float(self.energies[rank:].sum()) / total) ** 0.5 if total else 0.0
+
+    def basis(self, rank: int) -> Tensor:
+        """[n, rank] orthonormal vectors of the leading components, on the smaller side.
+
+        Raises:
+            torch.linalg.LinAlgError: they could not be found.
+        """
+        if self.solved:
+            return self.gram[:, :rank]
+        return leading_vectors(self.gram, self.energies / self.scale**2, rank)
 
     def factors(self, matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         """The two factors of the best approximation of that rank.
@@ -52,7 +68,7 @@ class Factorisation:
         Returns:
             [rows, rank] and [rank, columns], in the dtype of `matrix`.
         """
-        basis = self.basis[:, :rank].to(matrix.dtype)
+        basis = self.basis(rank).to(matrix.dtype)
         projected = basis.T @ matrix if self.of_rows else (matrix @ basis).T
         root = projected.norm(dim=1).sqrt()[:, None]
         other = projected / torch.where(root > 0, root, torch.ones_like(root))
@@ -86,36 +102,28 @@ def _by_gram(matrix: Tensor, of_rows: bool, dtype: torch.dtype) -> Factorisation
     scaled = side.to(dtype) / scale
     gram = scaled @ scaled.T
     del scaled
-    trace = float(gram.diagonal().double().sum())
-    probe = torch.linspace(-1, 1, len(gram), dtype=dtype, device=gram.device).cos()
-    expected = gram @ probe
     try:
-        values, vectors = torch.linalg.eigh(gram)
+        energies = torch.linalg.eigvalsh(gram).double().flip(0).clamp(min=0)
     except torch.linalg.LinAlgError:
         return None
-    turned = vectors.T @ probe
-    again = vectors @ turned
-    restored = vectors @ (values * turned)
+    # Sum and sum of squares of the eigenvalues are known without them.
+    trace = float(gram.diagonal().double().sum())
+    squares = float(torch.linalg.vector_norm(gram, dtype=torch.float64)) ** 2
     sound = (
-        _close(again, probe)
-        and _close(restored, expected)
-        and abs(float(values.double().sum()) - trace) <= PROBE_TOLERANCE * trace
+        abs(float(energies.sum()) - trace) <= TOLERANCE * trace
+        and abs(float((energies**2).sum()) - squares) <= TOLERANCE * squares
     )
     if not sound:
         return None
-    energies = values.double().flip(0).clamp(min=0)
     return Factorisation(
         energies=energies * scale**2,
-        basis=vectors.flip(1),
+        gram=gram,
+        solved=False,
+        scale=scale,
         of_rows=of_rows,
         method=f"gram {str(dtype).removeprefix('torch.')}",
         uncertainty=16 * torch.finfo(dtype).eps * float(energies[0]) * scale**2,
     )
-
-
-def _close(found: Tensor, expected: Tensor) -> bool:
-    """Whether two vectors agree; False if one holds NaN."""
-    return bool((found - expected).norm() <= PROBE_TOLERANCE * expected.norm())
 
 
 def _by_svd(matrix: Tensor, of_rows: bool) -> Factorisation:
@@ -124,7 +132,9 @@ def _by_svd(matrix: Tensor, of_rows: bool) -> Factorisation:
     eps = torch.finfo(torch.float64).eps
     return Factorisation(
         energies=energies,
-        basis=left if of_rows else right.T,
+        gram=left if of_rows else right.T,
+        solved=True,
+        scale=1.0,
         of_rows=of_rows,
         method="svd float64",
         uncertainty=16 * eps * float(energies[0]),

@@ -17,7 +17,7 @@ from amct_pytorch.decomposition.tucker import cheapest_tucker
 SPATIAL_MODES = ("FCFK", "FCSK")
 TUCKER_MODE = "TUCKER2"
 # A measured error above the one that the energies promise by more than this is a failure.
-ERROR_SLACK = 1e-3
+ERROR_SLACK = 1e-4
 
 
 @dataclass(frozen=True)

@@ -67,11 +67,10 @@ def cheapest_tucker(weight: Tensor, geometry: Geometry, error: float) -> Tucker 
 def _basis(unfolded: Tensor) -> Tensor:
     """Orthonormal basis [n, n] of the rows' side, leading directions first."""
     found = factorise(unfolded)
+    vectors = found.basis(min(unfolded.shape)).to(unfolded.dtype)
     if found.of_rows:
-        return found.basis.to(unfolded.dtype)
-    complete: Tensor = torch.linalg.qr(unfolded @ found.basis.to(unfolded.dtype), mode="complete")[
-        0
-    ]
+        return vectors
+    complete: Tensor = torch.linalg.qr(unfolded @ vectors, mode="complete")[0]
     return complete
 
 
