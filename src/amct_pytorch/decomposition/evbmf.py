@@ -16,7 +16,9 @@ from torch import Tensor
 
 # The threshold solves an equation that has no closed form; this is the paper's fit to it.
 TAU_FACTOR = 2.5129
-GRID = 256
+GRID = 512
+# The best points of a grid whose neighbourhoods are looked at more closely, and how often.
+BEST = 8
 REFINEMENTS = 4
 
 
@@ -69,18 +71,20 @@ def _minimum(
 ) -> float:
     """The noise variance between `lower` and `upper` with the least free energy.
 
-    The function can have several valleys, so the whole range is looked at on a logarithmic
-    grid before the neighbourhood of the best point is refined.
+    The function has a valley between any two variances at which a component changes sides, so
+    the whole range is looked at on a logarithmic grid, then the neighbourhoods of its best
+    points on finer ones.
     """
     low, high = math.log(lower), math.log(upper)
-    best = high
+    grid = torch.linspace(low, high, GRID, dtype=torch.float64, device=energies.device)
+    step = (high - low) / (GRID - 1)
+    fine = torch.linspace(-1, 1, GRID // BEST, dtype=torch.float64, device=energies.device)
     for _ in range(REFINEMENTS):
-        grid = torch.linspace(low, high, GRID, dtype=torch.float64, device=energies.device)
         values = _free_energy(energies, grid.exp(), large, alpha, limit)
-        place = int(values.argmin())
-        best = float(grid[place])
-        low, high = float(grid[max(place - 1, 0)]), float(grid[min(place + 1, GRID - 1)])
-    return math.exp(best)
+        best = grid[values.argsort(stable=True)[:BEST]]
+        grid = (best[:, None] + step * fine).flatten().clamp(low, high)
+        step *= 2 / (len(fine) - 1)
+    return math.exp(float(best[0]))
 
 
 def _free_energy(

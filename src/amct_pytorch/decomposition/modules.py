@@ -51,9 +51,12 @@ def build_pieces(
             else _where(owned, conv.padding, 0),
             bias=last and conv.bias is not None,
             padding_mode=conv.padding_mode if any(owned) else "zeros",
-            device=conv.weight.device,
+            # Values that are given need no initialisation, and no random numbers for it.
+            device=conv.weight.device if weights is None else "meta",
             dtype=conv.weight.dtype,
         )
+        if weights is not None:
+            piece.to_empty(device=conv.weight.device)
         piece.weight.requires_grad_(conv.weight.requires_grad)
         if weights is not None:
             with torch.no_grad():

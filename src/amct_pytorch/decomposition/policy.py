@@ -13,6 +13,8 @@ from amct_pytorch.errors import ArgumentTypeError, ArgumentValueError, did_you_m
 POLICIES = ("vbmf", "energy", "flops")
 # Ranks are multiples of this: what vector units and matrix engines work in.
 RANK_MULTIPLE = 16
+# Energies less certain than this share of the threshold cannot tell how strong the noise is.
+UNCLEAR = 0.05
 # The default bounds of the vbmf policy: parts of the matrix's smaller side, from so many
 # channels (the smaller of in and out) on.
 WIDE_CHANNELS = 256
@@ -106,6 +108,8 @@ class RankPolicy:
                 for shift in (0.0, -found.uncertainty, found.uncertainty)
             ]
             ranks = [self._bounded(estimate, side, channels) for estimate in estimates]
+            clear = found.uncertainty <= UNCLEAR * analysis.threshold
+            return RankChoice(ranks[0], estimates[0], clear and len(set(ranks)) == 1)
         return RankChoice(ranks[0], estimates[0], len(set(ranks)) == 1)
 
     def _bounded(self, estimate: int, side: int, channels: int) -> int:

@@ -1,0 +1,195 @@
+"""Ranks and errors against a float64 reference; bounds and policies."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from reference import evbmf_rank, truncation_error
+from torch import Tensor
+
+from amct_pytorch.decomposition import leading
+from amct_pytorch.decomposition.evbmf import evbmf
+from amct_pytorch.decomposition.factorise import factorise
+from amct_pytorch.decomposition.geometry import Geometry
+from amct_pytorch.decomposition.leading import leading_vectors
+from amct_pytorch.decomposition.policy import RankPolicy, rank_bounds
+from amct_pytorch.decomposition.solve import Solution, as_matrix, solve_layer
+
+
+def _random(seed: int) -> Tensor:
+    """A conv weight of low rank in its spatial form, plus noise; every seed another shape."""
+    generator = torch.Generator().manual_seed(seed)
+    n, c, kh, kw = [(64, 96, 3, 3), (128, 64, 3, 5), (64, 64, 5, 3), (96, 160, 3, 3)][seed % 4]
+    rank = 8 + 6 * seed
+    left = torch.randn(c * kh, rank, generator=generator)
+    right = torch.randn(rank, n * kw, generator=generator)
+    decay = torch.linspace(1, 0.1, rank)[:, None]
+    noise = [0.1, 1.0, 3.0][seed % 3] * torch.randn(c * kh, n * kw, generator=generator)
+    matrix = left @ (decay * right) + noise
+    return 0.01 * matrix.reshape(c, kh, n, kw).permute(2, 0, 1, 3).contiguous()
+
+
+def _real(model: torch.nn.Module) -> list[Tensor]:
+    """Weights of a trained network: its largest 1 x 1 convolutions, cut into 3 x 3 kernels."""
+    weights = [p.detach() for p in model.parameters() if p.dim() == 4 and p.shape[1] >= 480]
+    return [w.flatten(1)[:, :432].reshape(len(w), 48, 3, 3) for w in weights[-8:]]
+
+
+def _check(weight: Tensor) -> None:
+    for axis in (0, 1):
+        matrix = as_matrix(weight, axis)
+        found = factorise(matrix)
+        assert found.method == "gram float32"
+        rank = evbmf_rank(matrix.numpy())
+        assert evbmf(found.energies, *matrix.shape).rank == rank
+        rank = max(rank, 16)
+        # A float32 Gram matrix has relative errors of 1e-6 of the largest energy.
+        assert found.error(rank) == pytest.approx(truncation_error(matrix.numpy(), rank), abs=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_rank_and_error_of_random_weights_are_those_of_the_reference(seed):
+    _check(_random(seed))
+
+
+def test_rank_and_error_of_real_weights_are_those_of_the_reference(efficientnet_lite0):
+    weights = _real(efficientnet_lite0)
+    assert len(weights) == 8
+    for weight in weights:
+        _check(weight)
+
+
+def test_the_rank_of_a_clean_low_rank_matrix_is_found():
+    generator = torch.Generator().manual_seed(1)
+    left, right = (torch.randn(s, generator=generator) for s in ((100, 7), (7, 150)))
+    noise = 1e-3 * torch.randn(100, 150, generator=generator)
+    matrix = left @ right + noise
+    assert evbmf(factorise(matrix, exact=True).energies, 100, 150).rank == 7
+    # A float32 Gram matrix cannot see noise this weak, and the policy knows.
+    policy = RankPolicy(bounded=False)
+    assert not policy.choose(factorise(matrix), (100, 150), 64, int).certain
+    assert policy.choose(factorise(matrix, exact=True), (100, 150), 64, int).certain
+
+
+def test_noise_alone_has_no_rank():
+    matrix = torch.randn(200, 300, generator=torch.Generator().manual_seed(2))
+    assert evbmf(factorise(matrix).energies, 200, 300).rank == 0
+    assert evbmf(torch.zeros(4), 4, 9).rank == 0
+
+
+@pytest.mark.parametrize("shape", [(30, 50), (50, 30), (40, 40), (1, 9)])
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e15])
+def test_factors_are_those_of_the_svd(shape, scale):
+    matrix = scale * torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    rank = max(1, min(shape) // 3)
+    left, right = factorise(matrix).factors(matrix, rank)
+    error = float((left @ right - matrix).double().norm() / matrix.double().norm())
+    assert error == pytest.approx(truncation_error(matrix.numpy(), rank), abs=1e-5)
+    # The scale is split evenly.
+    assert torch.allclose(left.norm(dim=0), right.norm(dim=1), rtol=1e-3)
+
+
+def test_a_gram_matrix_that_fails_its_checks_gives_way_to_float64_and_svd(monkeypatch):
+    matrix = torch.randn(20, 30, generator=torch.Generator().manual_seed(4))
+    eigvalsh = torch.linalg.eigvalsh
+
+    def broken_in_float32(gram):
+        return eigvalsh(gram) * (2 if gram.dtype == torch.float32 else 1)
+
+    monkeypatch.setattr(torch.linalg, "eigvalsh", broken_in_float32)
+    assert factorise(matrix).method == "gram float64"
+    monkeypatch.setattr(torch.linalg, "eigvalsh", lambda gram: eigvalsh(gram) + 1)
+    found = factorise(matrix)
+    assert found.method == "svd float64"
+    left, right = found.factors(matrix.double(), 20)
+    assert torch.allclose(left @ right, matrix.double(), atol=1e-10)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.3, 1.0, 3.0])
+def test_filtered_vectors_hold_the_energy_of_the_leading_ones(decay):
+    generator = torch.Generator().manual_seed(5)
+    size, rank = 600, 100
+    basis = torch.linalg.qr(torch.randn(size, size, generator=generator)).Q
+    values = torch.arange(1.0, size + 1) ** -decay
+    gram = (basis * values) @ basis.T
+    assert size > leading.SMALL
+    vectors = leading_vectors(gram, values.double(), rank)
+    held = float((vectors * (gram @ vectors)).sum())
+    assert held == pytest.approx(float(values[:rank].sum()), rel=3e-5)
+    assert torch.allclose(vectors.T @ vectors, torch.eye(rank), atol=1e-4)
+
+
+def _solve(weight: Tensor, **policy: object) -> Solution:
+    n, c, kh, kw = weight.shape
+    solution = solve_layer(weight, Geometry(c, n, (kh, kw), (1, 1)), RankPolicy(**policy))
+    assert isinstance(solution, Solution)
+    return solution
+
+
+def test_default_ranks_stay_within_their_bounds():
+    assert rank_bounds(192, 64) == (28, 32)
+    assert rank_bounds(384, 128) == (55, 64)
+    assert rank_bounds(768, 256) == (154, 192)
+    for seed in range(4):
+        weight = _random(seed)
+        side = min(as_matrix(weight, 0).shape)
+        low, high = rank_bounds(side, min(weight.shape[:2]))
+        # Rounding to a multiple of 16 may leave the bounds by half of that.
+        assert low - 8 <= _solve(weight).rank <= high + 8
+        assert _solve(weight).rank % 16 == 0
+
+
+def test_without_bounds_the_estimate_is_taken():
+    solution = _solve(_random(3), bounded=False)
+    assert abs(solution.rank - solution.estimate) <= 8
+
+
+def test_the_energy_policy_keeps_that_share():
+    solution = _solve(_random(0), name="energy", energy=0.95)
+    assert solution.error**2 <= 0.05 + 1e-6
+    assert solution.rank % 16 == 0
+
+
+def test_the_flops_policy_spends_no_more_than_its_share():
+    weight = _random(3)
+    n, c, kh, kw = weight.shape
+    geometry = Geometry(c, n, (kh, kw), (1, 1))
+    solution = _solve(weight, name="flops", flops_ratio=0.4)
+    share = geometry.macs(solution.split) / geometry.macs(geometry.whole)
+    assert 0.3 < share <= 0.4
+
+
+def test_the_order_with_less_error_is_taken():
+    generator = torch.Generator().manual_seed(6)
+    # Of rank 16 when the vertical axis goes with the input channels, of full rank otherwise.
+    left, right = (torch.randn(s, generator=generator) for s in ((192, 16), (16, 192)))
+    weight = (left @ right).reshape(64, 3, 64, 3).permute(2, 0, 1, 3)
+    assert _solve(weight).mode == "FCFK"
+    assert _solve(weight.transpose(2, 3)).mode == "FCSK"
+    assert _solve(weight).error < 1e-5 < _solve(weight).other_error
+
+
+def test_tucker_is_taken_where_it_costs_less():
+    generator = torch.Generator().manual_seed(7)
+    core = torch.randn(16, 16, 3, 3, generator=generator)
+    outer, inner = (torch.randn(s, generator=generator) for s in ((96, 16), (128, 16)))
+    weight = torch.einsum("no,okij,ck->ncij", outer, core, inner)
+    geometry = Geometry(128, 96, (3, 3), (1, 1))
+    spatial = solve_layer(weight, geometry, RankPolicy("energy", energy=0.999))
+    tucker = solve_layer(weight, geometry, RankPolicy("energy", energy=0.999), tucker=True)
+    assert (spatial.mode[:2], tucker.mode) == ("FC", "TUCKER2")
+    assert geometry.macs(tucker.split) < geometry.macs(spatial.split)
+    assert tucker.error <= spatial.error + 1e-4
+
+
+def test_weights_that_cannot_be_solved_give_a_reason():
+    geometry = Geometry(64, 64, (3, 3), (1, 1))
+    bad = torch.zeros(64, 64, 3, 3)
+    assert solve_layer(bad, geometry, RankPolicy()) == "its weight is all zero"
+    bad[0, 0, 0, 0] = float("nan")
+    assert solve_layer(bad, geometry, RankPolicy()) == "its weight holds NaN or infinity"
+    noise = torch.randn(64, 64, 3, 3, generator=torch.Generator().manual_seed(8))
+    assert "out of the noise" in solve_layer(noise, geometry, RankPolicy(bounded=False))
+    assert "would not save" in solve_layer(noise, geometry, RankPolicy("energy", energy=1.0))
+    saving = solve_layer(noise, geometry, RankPolicy(), minimum_saving=0.99)
+    assert "minimum_saving" in saving
