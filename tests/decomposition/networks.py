@@ -29,7 +29,7 @@ class Net(nn.Module):
         return self.head(self.tail(x)).mean((2, 3))
 
 
-DECOMPOSED = ["stages.3x3 wide", "stages.items-2", "tail.7"]
+DECOMPOSED = ["stem", "stages.3x3 wide", "stages.items-2", "tail.7"]
 
 
 def trained(seed: int = 0) -> Net:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -35,11 +36,14 @@ def test_a_fresh_process_rebuilds_the_model(tucker):
     net = trained()
     _, changes = amct.auto_decomposition(net, "net.json", tucker=tucker)
     torch.save(net.state_dict(), "net.pth")
-    path = ":".join([str(Path(__file__).parent), *sys.path])
-    subprocess.run([sys.executable, "-c", RESTORE], check=True, env={"PYTHONPATH": path})
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    subprocess.run(
+        [sys.executable, "-c", RESTORE], check=True, env=os.environ | {"PYTHONPATH": path}
+    )
     again = torch.load("again.pth", weights_only=True)
     assert again[0] == changes
-    assert torch.equal(again[1], net(image()))
+    # Another process may have another number of threads, and so another order of sums.
+    torch.testing.assert_close(again[1], net(image()), rtol=1e-4, atol=1e-5)
 
 
 def test_the_file_is_as_documented():
@@ -67,10 +71,11 @@ def test_the_file_is_as_documented():
 
 def test_structure_dtype_training_flag_and_random_state_on_any_device():
     amct.auto_decomposition(trained(), "net.json")
-    torch.manual_seed(3)
+    fresh = Net().half().train()
     state = torch.get_rng_state()
-    net, _ = amct.decompose_network(Net().half().train(), "net.json")
-    assert torch.equal(torch.get_rng_state(), state) is False or True  # Net() itself draws
+    net, _ = amct.decompose_network(fresh, "net.json")
+    assert net is fresh
+    assert torch.equal(torch.get_rng_state(), state)
     assert {parameter.dtype for parameter in net.parameters()} == {torch.float16}
     assert all(module.training for module in net.modules())
     with torch.device("meta"):
@@ -116,8 +121,8 @@ def _set(*place, value):
         (_set("ori_layer_info", "name", value="norm"), "no Conv2d 'norm'"),
         (_set("ori_layer_info", "in_channels", value=95), "in_channels: 95, while .* has 96"),
         (_set("ori_layer_info", "stride", value=[2, 2]), r"stride: \[2, 2\], while"),
-        (_set("ori_layer_info", "stride", value=2), "stride: 2; allowed: two integers"),
-        (_set("mode", value="FKFC"), "mode: \"FKFC\"; allowed: FCFK.*'FCFK'"),
+        (_set("ori_layer_info", "stride", value=2), "stride is 2; allowed: two integers"),
+        (_set("mode", value="FCKF"), "mode is \"FCKF\"; allowed: FCFK.*'FCFK'"),
         (_set("decom_nodes", "first", "weight_shape", value=[8, 96, 3]), "four integers"),
         (_set("decom_nodes", "first", "weight_shape", value=[8, 96, 3, 3]), "exactly one piece"),
         (_set("decom_nodes", "first", "weight_shape", value=[8, 96, 1, 1]), "exactly one|no piece"),
@@ -130,7 +135,7 @@ def test_wrong_files_are_explained(change, message):
     _edit(change)
     net = Net()
     before = list(net.state_dict())
-    with pytest.raises(amct.AmctError, match=rf"net\.json: .*{message}"):
+    with pytest.raises(amct.AmctError, match=rf"(?s)net\.json: .*{message}"):
         amct.decompose_network(net, "net.json")
     assert list(net.state_dict()) == before
 

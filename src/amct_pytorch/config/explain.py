@@ -70,15 +70,17 @@ def _walk(
     parts: list[str] = []
     field: FieldInfo | None = None
     owner, variants = model, dict[str, type[BaseModel]]()
+    inner: type[BaseModel] | None = None
     for step in location:
         if isinstance(step, int):
             parts[-1] += f"[{step}]"
         elif step in variants:
             owner, variants = variants[step], {}
         else:
+            owner = inner or owner
             parts.append(step)
             field = owner.model_fields.get(step)
-            variants = _variants(field)
+            variants, inner = _variants(field), _inner(field)
     if variants:  # the tag itself is what is wrong
         owner = next(iter(variants.values()))
     return parts, field, owner
@@ -92,6 +94,15 @@ def _variants(field: FieldInfo | None) -> dict[str, type[BaseModel]]:
             variant, *marks = get_args(option)
             found.update({mark.tag: variant for mark in marks if isinstance(mark, Tag)})
     return found
+
+
+def _inner(field: FieldInfo | None) -> type[BaseModel] | None:
+    """The one model that a field holds, or may hold."""
+    annotation = field.annotation if field else None
+    for option in (annotation, *get_args(annotation)):
+        if isinstance(option, type) and issubclass(option, BaseModel):
+            return option
+    return None
 
 
 def _nearest_key(

@@ -7,7 +7,6 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from amct_pytorch.errors import ArgumentTypeError, ArgumentValueError, did_you_mean, shown
 from amct_pytorch.graph.look import shared_owners
@@ -66,8 +65,6 @@ def _not_plain(conv: nn.Conv2d) -> str | None:
     reason = not_replaceable(conv)
     if reason:
         return reason
-    if is_lazy(conv.weight):
-        return "it is a lazy layer without values yet"
     if conv.weight.device.type == "meta":
         return "its weight is on the meta device and has no values"
     if conv.weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):

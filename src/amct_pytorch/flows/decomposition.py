@@ -19,6 +19,7 @@ from amct_pytorch.decomposition.solve import solve_layer
 from amct_pytorch.errors import ArgumentTypeError, ModelError
 from amct_pytorch.files import PathLike, check_writable, write_whole
 from amct_pytorch.flows.arguments import public_call
+from amct_pytorch.graph.look import check_model
 from amct_pytorch.graph.tensors import ModelInputs, random_state_kept
 from amct_pytorch.logs import logger, start_logging
 from amct_pytorch.report.decomposition import (
@@ -238,16 +239,8 @@ def _entry(name: str, conv: nn.Conv2d, seen: Seen | None) -> DecompositionEntry:
     )
 
 
-def _check_model(model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise ArgumentTypeError(
-            f"model is a {type(model).__name__}; allowed is a torch.nn.Module with its weights"
-        )
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ModelError(
-            "the model is a scripted or traced module, whose layers cannot be exchanged; give "
-            "the torch.nn.Module it was made from"
-        )
+def _check_model(model: nn.Module) -> None:
+    check_model(model)
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         raise ModelError(
             f"the model is wrapped in {type(model).__name__}, which has already taken hold of its "

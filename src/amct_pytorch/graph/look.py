@@ -38,12 +38,12 @@ class ModelGraph:
     trace: Trace
 
 
-def copy_model(model: nn.Module) -> nn.Module:
-    """A deep copy in eval mode.
+def check_model(model: object) -> None:
+    """Refuses what is no module, or one whose layers or weights cannot be seen.
 
     Raises:
         ArgumentTypeError: `model` is no module.
-        ModelError: it cannot be copied; the message says why.
+        ModelError: it is scripted or traced, or a lazy layer of it has no values yet.
     """
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(
@@ -60,6 +60,16 @@ def copy_model(model: nn.Module) -> nn.Module:
                 f"{name!r} has no values yet: it belongs to a lazy layer; run it once before, "
                 "with model(*input_data)"
             )
+
+
+def copy_model(model: nn.Module) -> nn.Module:
+    """A deep copy in eval mode.
+
+    Raises:
+        ArgumentTypeError: `model` is no module.
+        ModelError: it cannot be copied; the message says why.
+    """
+    check_model(model)
     try:
         return copy.deepcopy(model).eval()
     except Exception as error:
