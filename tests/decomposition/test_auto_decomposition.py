@@ -63,7 +63,8 @@ def test_a_second_call_changes_nothing():
 
 
 def test_the_same_call_gives_the_same_weights_and_leaves_the_random_state():
-    first, second, third = trained(), trained(), trained()
+    first, third = trained(), trained()
+    second = copy.deepcopy(first)
     torch.manual_seed(5)
     state = torch.get_rng_state()
     amct.auto_decomposition(first)
