@@ -21,7 +21,8 @@ export OMP_WAIT_POLICY := PASSIVE
 PY_DIRS := $(wildcard src tests examples benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help env test lint format types proto demo bench bench-peers bench-table clean distclean
+.PHONY: help env test lint format types proto demo bench bench-peers bench-table \
+  bench-decomposition bench-finetune clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -32,6 +33,7 @@ help:
 	@echo "make proto        regenerate the protobuf modules from src/amct_pytorch/proto/*.proto"
 	@echo "make bench-peers  environments for the peers, under .bench/ (several GB of downloads)"
 	@echo "make bench        run every contender whose environment is there; rewrite the table"
+	@echo "make bench-decomposition, make bench-finetune    figures of tensor decomposition"
 	@echo "make clean        remove caches and outputs; make distclean also the environments"
 
 # --- environment -----------------------------------------------------------------------------
@@ -101,6 +103,16 @@ bench: env
 
 bench-table: env
 	$(BIN)/python benchmarks/table.py
+
+bench-decomposition: env
+	$(PIP) install --quiet --no-deps tensorly==0.10.0 tensorly-torch==0.5.0 opt_einsum scipy
+	$(BIN)/python benchmarks/decomposition.py --large
+
+# Fashion-MNIST: the Debian package dataset-fashion-mnist, or FASHION_MNIST_DIR.
+bench-finetune: env
+	$(PIP) install --quiet --no-deps --requirement examples/requirements-decomposition.txt
+	$(BIN)/python benchmarks/finetune_decomposed.py waifu2x
+	$(BIN)/python benchmarks/finetune_decomposed.py fashion
 
 # --- clean -----------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections import OrderedDict
@@ -15,6 +16,7 @@ import amct_pytorch as amct
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+DECOMPOSITION_GUIDE = ROOT / "docs" / "decomposition.md"
 PTQ_GUIDE = ROOT / "docs" / "ptq.md"
 
 
@@ -65,3 +67,20 @@ def test_the_keys_that_the_guide_names_are_keys_of_the_config(tmp_path, monkeypa
     not_written_by_default = {"asymmetric", "bias_correction"}
     assert len(named) > 8
     assert {key for key in named if f'"{key}"' not in written} <= not_written_by_default
+
+
+def test_the_script_of_the_decomposition_guide_runs_and_its_options_exist(tmp_path, monkeypatch):
+    text = DECOMPOSITION_GUIDE.read_text()
+    script = re.search(r"```python\n(.*?)```", text, re.DOTALL)
+    assert script is not None
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(compile(script.group(1), str(DECOMPOSITION_GUIDE), "exec"), names)
+    example = names["example"]
+    torch.testing.assert_close(names["fresh"](example), names["model"](example))
+    assert names["changes"] == {"2": ["2.0", "2.1"]}
+    parameters = inspect.signature(amct.auto_decomposition).parameters
+    table = text.split("## Options")[1].split("## Files")[0]
+    cells = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
+    named = {name for cell in cells for name in re.findall(r"(\w+)(?:=|`)", cell)}
+    assert set(parameters) - {"model", "decompose_info_path"} <= named

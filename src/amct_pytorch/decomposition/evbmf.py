@@ -16,7 +16,7 @@ from torch import Tensor
 
 # The threshold solves an equation that has no closed form; this is the paper's fit to it.
 TAU_FACTOR = 2.5129
-GRID = 512
+GRID = 256
 # The best points of a grid whose neighbourhoods are looked at more closely, and how often.
 BEST = 8
 REFINEMENTS = 4

@@ -17,14 +17,14 @@ from torch import Tensor
 # The block is so much wider than what is wanted: where the spectrum is dense, that is the gap.
 OVERSAMPLING = 0.25
 # How far the weakest wanted vector must outgrow all unwanted ones.
-GAIN = 300.0
+GAIN = 30.0
 MAX_DEGREE = 14
 # Growth within a block between two orthogonalisations that float32 digits can bear.
 SPREAD = 1e4
 # Share of the wanted energy that may be missed.
 MISSED = 1e-5
 # Below this size, or for more than this share of the vectors, LAPACK is faster.
-SMALL = 512
+SMALL = 2048
 SHARE = 0.4
 
 
