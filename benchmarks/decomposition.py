@@ -180,7 +180,7 @@ def main() -> None:
         size = f"{channels}×{channels}×{kernel}×{kernel}"
         document["sizes"].setdefault(size, {})[name] = result
         print(size, name, result, file=sys.stderr, flush=True)
-    write(document)
+        write(document)
 
 
 if __name__ == "__main__":

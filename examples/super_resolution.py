@@ -111,7 +111,9 @@ def mean_psnr(model: nn.Module, pairs: list[Pair]) -> float:
 def finetune(model: nn.Module, photos: slice, steps: int = 200, rate: float = 1e-4) -> None:
     """Trains the model in place on crops of the photos, with Adam and a falling rate."""
     optimizer = torch.optim.Adam(model.parameters(), rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, rate, total_steps=steps, pct_start=0.1
+    )
     model.train()
     for pair in training_batches(photos, steps):
         optimizer.zero_grad()
