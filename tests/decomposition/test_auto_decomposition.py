@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from networks import DECOMPOSED, Net, image, trained
+from split_networks import DECOMPOSED, Net, image, trained
 from torch import nn
 from torch.nn.utils import parametrizations
 

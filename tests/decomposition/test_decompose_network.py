@@ -11,14 +11,14 @@ from pathlib import Path
 import onnxruntime
 import pytest
 import torch
-from networks import DECOMPOSED, Net, image, trained
+from split_networks import DECOMPOSED, Net, image, trained
 from torch import nn
 
 import amct_pytorch as amct
 
 RESTORE = """
 import sys, torch
-from networks import Net, image
+from split_networks import Net, image
 from amct_pytorch.tensor_decompose import decompose_network
 net, changes = decompose_network(Net().eval(), "net.json")
 net.load_state_dict(torch.load("net.pth", weights_only=True))

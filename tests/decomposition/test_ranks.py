@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reference import evbmf_rank, truncation_error
+from evbmf_reference import evbmf_rank, truncation_error
 from torch import Tensor
 
 from amct_pytorch.decomposition import leading

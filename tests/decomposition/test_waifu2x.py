@@ -8,7 +8,7 @@ import pytest
 import real_models
 import super_resolution
 import torch
-from reference import evbmf_rank, truncation_error
+from evbmf_reference import evbmf_rank, truncation_error
 from torch import nn
 
 import amct_pytorch as amct
