@@ -21,6 +21,7 @@ from amct_pytorch.errors import ConfigError, ModelError, RecordError
 from amct_pytorch.files import PathLike, check_writable, write_whole
 from amct_pytorch.flows.arguments import public_call
 from amct_pytorch.flows.calibration import Calibration, CalibrationResult
+from amct_pytorch.flows.calibration_ledger import calibration_ledger
 from amct_pytorch.flows.outputs import output_path
 from amct_pytorch.graph.layers import LAYER_KINDS
 from amct_pytorch.graph.look import ModelGraph, look_at
@@ -32,7 +33,6 @@ from amct_pytorch.nn.wrapped import compressed_layers
 from amct_pytorch.record.factors import LayerFactors
 from amct_pytorch.record.fingerprint import fingerprint
 from amct_pytorch.record.record_file import RecordFile, read_record, write_record
-from amct_pytorch.report.build import calibration_ledger
 from amct_pytorch.report.ledger import Ledger
 from amct_pytorch.report.table import ledger_table
 

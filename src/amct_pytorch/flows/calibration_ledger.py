@@ -1,18 +1,15 @@
-"""Writing a flow's results down as a ledger."""
+"""The ledger of a post-training calibration."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from amct_pytorch.config.models import CalibrationConfig
+from amct_pytorch.flows.calibration import CalibrationResult
 from amct_pytorch.graph.layers import SeenLayer
 from amct_pytorch.graph.look import ModelGraph
 from amct_pytorch.report.ledger import LayerEntry, Ledger, decibels
-
-if TYPE_CHECKING:
-    from amct_pytorch.flows.calibration import CalibrationResult
 
 
 def calibration_ledger(
