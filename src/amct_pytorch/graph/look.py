@@ -15,6 +15,12 @@ from amct_pytorch.graph.layers import LAYER_KINDS, LayerKind, SeenLayer
 from amct_pytorch.graph.tensors import ModelInputs
 from amct_pytorch.graph.trace import OpCall, Operand, Trace, trace_forward
 
+# Modules that run another one in a way that hides it, and where they hold it.
+WRAPPERS: dict[type[nn.Module], str] = {
+    nn.DataParallel: "module",
+    nn.parallel.DistributedDataParallel: "module",
+    torch._dynamo.OptimizedModule: "_orig_mod",
+}
 SUPPORTED_DTYPES = (torch.float32,)
 
 
@@ -49,6 +55,12 @@ def copy_model(model: nn.Module) -> nn.Module:
         raise ArgumentTypeError(
             f"model is a {type(model).__name__}; allowed is a torch.nn.Module with its weights"
         )
+    for wrapper, inner in WRAPPERS.items():
+        if isinstance(model, wrapper):
+            raise ModelError(
+                f"model is wrapped in {type(model).__name__}; give the module inside it, "
+                f"model.{inner}"
+            )
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelError(
             "the model is a scripted or traced module, whose layers cannot be seen; give the "
@@ -80,6 +92,7 @@ def look_at(model: nn.Module, inputs: ModelInputs) -> ModelGraph:
     watched = copy_model(model)
     trace = trace_forward(watched, inputs)
     sharing = _shared_owners(model)
+    used = trace.reaching_output()
     layers = []
     calls: dict[str, OpCall] = {}
     for path, module in watched.named_modules():
@@ -90,6 +103,8 @@ def look_at(model: nn.Module, inputs: ModelInputs) -> ModelGraph:
             op for op in trace.in_scope(path) if op.function in kind.functions and _owns(op, path)
         ]
         reason = _why_not(path, module, kind, own_calls, trace, sharing)
+        if reason is None and own_calls[0].outputs[0] not in used:
+            reason = "its output is not used for the model's output"
         if len(own_calls) == 1:
             calls[path] = own_calls[0]
         layers.append(_describe(path, module, kind, reason, own_calls))
