@@ -34,6 +34,18 @@ def calibration_ledger(
         else _left_alone(layer, config, result)
         for layer in graph.layers
     ]
+    entries += [
+        LayerEntry(
+            other.name,
+            other.type,
+            "float",
+            f"{other.type} is not supported in this version",
+            other.parameters,
+        )
+        for other in graph.others
+    ]
+    order = {name: i for i, name in enumerate(graph.module_names)}
+    entries.sort(key=lambda entry: order.get(entry.name, -1))
     rounded = {name: round(value, 4) for name, value in seconds.items()}
     return Ledger("quantize_model", entries, result.output, rounded)
 

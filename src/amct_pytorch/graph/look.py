@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -25,11 +26,27 @@ SUPPORTED_DTYPES = (torch.float32,)
 
 
 @dataclass(frozen=True)
+class OtherModule:
+    """A module with weights of its own that is no layer of a known kind.
+
+    Attributes:
+        name: dotted module path.
+        type: its class's name.
+        parameters: number of its weights.
+    """
+
+    name: str
+    type: str
+    parameters: int
+
+
+@dataclass(frozen=True)
 class ModelGraph:
     """What one look at a model found.
 
     Attributes:
         layers: every layer of a known kind, quantizable or not, in module order.
+        others: modules of other kinds that hold weights, which stay as they are.
         fusable_norms: BatchNorm module directly behind a layer and behind nothing else,
             by layer name.
         calls: the one call of each layer that made exactly one, in the order they ran.
@@ -38,6 +55,7 @@ class ModelGraph:
     """
 
     layers: tuple[SeenLayer, ...]
+    others: tuple[OtherModule, ...]
     fusable_norms: dict[str, str]
     calls: dict[str, OpCall]
     module_names: tuple[str, ...]
@@ -112,11 +130,19 @@ def look_at(model: nn.Module, inputs: ModelInputs) -> ModelGraph:
     quantizable = {layer.name: calls[layer.name] for layer in layers if layer.quantizable}
     return ModelGraph(
         tuple(layers),
+        tuple(_other_modules(watched)),
         _find_fusable_norms(watched, trace, quantizable),
         calls,
         tuple(path for path, _ in model.named_modules() if path),
         trace,
     )
+
+
+def _other_modules(model: nn.Module) -> Iterator[OtherModule]:
+    for path, module in model.named_modules():
+        weights = [p.numel() for p in module.parameters(recurse=False) if p.dim() > 1]
+        if weights and kind_of(module) is None:
+            yield OtherModule(path, type(module).__name__, sum(weights))
 
 
 def kind_of(module: nn.Module) -> LayerKind | None:
