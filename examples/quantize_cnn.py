@@ -34,7 +34,8 @@ BATCH = 8
 FOLDER = Path("outputs") / "quantize_cnn"
 NEXT_STEPS = """What to do next
   - Read lite0_ledger.json: what was done to each layer and the error it has now.
-  - Edit config.json (skip a layer, another range search) and run again with --keep-config.
+  - Edit config.json (skip a layer, another range search) and run again:
+    .venv/bin/python examples/quantize_cnn.py --keep-config
   - Run lite0_qdq_model.onnx with ONNX Runtime or any runtime that knows QuantizeLinear; on x86
     without VNNI set the session entry session.x64quantprecision to "1" (examples/ort_sessions.py).
   - lite0_deploy_model.onnx is for Ascend's ATC; amct.DeploySession runs it on any CPU, exactly.

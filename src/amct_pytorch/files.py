@@ -187,3 +187,22 @@ def read_text(path: PathLike, what: str, *, error: type[AmctError] = ConfigError
     except UnicodeDecodeError as caught:
         line = data[: caught.start].count(b"\n") + 1
         raise error(f"{checked}: line {line}: not UTF-8 text ({caught.reason})") from None
+
+
+def check_distinct(**paths: PathLike) -> None:
+    """Checks that arguments name different files, links followed.
+
+    Args:
+        paths: path by argument name.
+
+    Raises:
+        ArgumentValueError: two are the same file; the later argument would overwrite it.
+    """
+    seen: dict[str, str] = {}
+    for what, path in paths.items():
+        real = os.path.realpath(as_path(path, what))
+        if real in seen:
+            raise ArgumentValueError(
+                f"{what} and {seen[real]} are the same file, {str(path)!r}; give different ones"
+            )
+        seen[real] = what

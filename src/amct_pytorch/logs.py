@@ -23,6 +23,18 @@ class _Console(logging.StreamHandler):
         super().emit(record)
 
 
+class _FileOnly(logging.Filter):
+    """Keeps lines below the console's level in our file, away from the application's handlers."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno >= _level("AMCT_LOG_LEVEL", "WARNING"):
+            return True
+        for handler in logger.handlers:
+            if getattr(handler, "amct", False) and record.levelno >= handler.level:
+                handler.handle(record)
+        return False
+
+
 def start_logging(*, to_file: bool) -> None:
     """Sets up console and file logging; called by each flow, never at import.
 
@@ -35,14 +47,16 @@ def start_logging(*, to_file: bool) -> None:
     """
     ours = [h for h in logger.handlers if getattr(h, "amct", False)]
     console = next((h for h in ours if not isinstance(h, logging.FileHandler)), None)
-    if console is None and not logger.handlers:
+    if console is None and not logger.handlers and not logging.root.handlers:
         console = _Console()
         _adopt(console)
     if console is not None:
         console.setLevel(_level("AMCT_LOG_LEVEL", "WARNING"))
-    logger.setLevel(logging.DEBUG)
     if to_file:
         _log_to(LOG_FILE.absolute())
+    if not any(isinstance(f, _FileOnly) for f in logger.filters):
+        logger.addFilter(_FileOnly())
+    logger.setLevel(logging.DEBUG)
 
 
 def _log_to(path: Path) -> None:

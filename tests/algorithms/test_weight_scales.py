@@ -9,8 +9,8 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from amct_pytorch.algorithms.arq import arq_scale, floored_for_bias
-from amct_pytorch.algorithms.solve import BIAS_LIMIT, fp16_scale
+from amct_pytorch.algorithms.arq import arq_scale, bias_limit, floored_for_bias
+from amct_pytorch.algorithms.solve import fp16_scale
 from amct_pytorch.formats import IntFormat
 from amct_pytorch.nn.simulate import integer_bias
 
@@ -68,12 +68,12 @@ def test_negative_side_decides_where_it_is_larger() -> None:
     assert scale.tolist() == pytest.approx([1.0, 1.0, 0.01], rel=EPSILON)
 
 
-def test_dead_channels_get_scale_one_and_leave_the_others_alone() -> None:
+def test_dead_channels_get_the_smallest_scale_and_leave_the_others_alone() -> None:
     weight = weights(4, 3, 3, 3)
     weight[1] = 0
     weight[2] *= 1e-9
     scale = arq_scale(weight, IntFormat(8), 0, channel_wise=True)
-    assert scale[1:3].tolist() == [1.0, 1.0]
+    assert scale[1:3].tolist() == [2.0**-23, 2.0**-23]
     assert scale[0].item() == pytest.approx(defined(weight[0].numpy(), 8), rel=EPSILON)
 
 
@@ -100,13 +100,14 @@ def test_floor_bounds_the_integer_bias(
     scale = torch.tensor(scale_w[:1] if per_tensor else scale_w)
     bias = torch.tensor(biases if per_tensor else biases[: len(scale_w)])
     scale_d = float(torch.tensor(scale_d))
-    floored = floored_for_bias(scale, scale_d, bias, BIAS_LIMIT)
+    limit = 2**23
+    floored = floored_for_bias(scale, scale_d, bias, limit)
     assert floored.shape == scale.shape
     assert bool((floored >= scale).all())
     integers = integer_bias(bias, floored * torch.tensor(scale_d))
-    assert float(integers.abs().max()) <= BIAS_LIMIT
+    assert float(integers.abs().max()) <= limit
     # Not larger than it has to be: a millionth covers the float32 roundings on the way.
-    needed = bias.double().abs() / (BIAS_LIMIT * scale_d)
+    needed = bias.double().abs() / (limit * scale_d)
     needed = needed.max().reshape(1) if per_tensor else needed
     assert bool((floored.double() <= torch.maximum(scale.double(), needed * (1 + 1e-6))).all())
 
@@ -118,6 +119,20 @@ def test_floor_touches_only_the_channels_that_need_it() -> None:
     assert floored[0] == scale[0]
     assert floored[2] == scale[2]
     assert floored[1].item() == pytest.approx(0.5 / 2**23 / 1e-3, rel=1e-5)
+
+
+def test_one_large_bias_does_not_coarsen_a_layer_with_a_single_scale() -> None:
+    scale, bias = torch.tensor([0.01]), torch.tensor([3000.0, 0.0])
+    assert floored_for_bias(scale, 1e-3, bias, bias_limit(scale)) == scale
+    # Per channel only the channel itself pays, so float32's exact range is kept.
+    assert bias_limit(torch.tensor([0.01, 0.02])) == 2**23
+
+
+@pytest.mark.parametrize("scale", [1e10, 1e30, 1e-12])
+def test_fp16_scale_beyond_float16_is_finite_and_positive(scale: float) -> None:
+    found = fp16_scale(scale)
+    # The largest and smallest squares of normal float16 values bound it.
+    assert 2.0**-28 <= found <= 65504.0**2
 
 
 @given(st.floats(2.0**-14, 65504))

@@ -142,6 +142,27 @@ def test_cfg_syntax_error_names_line_and_field() -> None:
             ["image", "-1", ">= 0"],
         ),
         ({"modified_onnx_file": "b.onnx"}, ArgumentTypeError, ["modfied_onnx_file", "twice"]),
+        ({"record_file": "config.json"}, ArgumentValueError, ["record_file", "config_file"]),
+        ({"record_file": "./m.onnx"}, ArgumentValueError, ["record_file", "modfied_onnx_file"]),
+        ({"input_names": [""]}, ArgumentValueError, ["input_names", "empty"]),
+        ({"input_names": ["head.bias"]}, ArgumentValueError, ["head.bias", "weight"]),
+        (
+            {"input_names": ["x"], "output_names": ["x"]},
+            ArgumentValueError,
+            ["output_names", "'x'", "input_names"],
+        ),
+        ({"output_names": ["a", "b"]}, ArgumentValueError, ["output_names", "2 names", "1 tensor"]),
+        (
+            {"input_names": ["image"], "dynamic_axes": {"image": {7: "n"}}},
+            ArgumentValueError,
+            ["image", "7", "0 to 3"],
+        ),
+        (
+            {"input_names": ["image"], "dynamic_axes": {"image": {0: 5}}},
+            ArgumentTypeError,
+            ["image", "5", "label"],
+        ),
+        ({"model": nn.DataParallel(Chain())}, ModelError, ["DataParallel", "model.module"]),
     ],
 )
 def test_quantize_model(
@@ -220,6 +241,26 @@ def test_record_of_another_model() -> None:
     assert not Path("out").exists()
 
 
+def test_record_that_lost_a_layer() -> None:
+    quantized(Residual().eval())(X)
+    text = Path("record.txt").read_text()
+    Path("record.txt").write_text(text[: text.index('record {\n  key: "b.0"')])
+    with pytest.raises(RecordError, match=r"record\.txt.*'b\.0'.*'head'"):
+        amct.save_model("m.onnx", "record.txt", "out/net")
+    assert not Path("out").exists()
+
+
+def test_qdq_of_a_file_that_is_no_deploy_model() -> None:
+    quantized(Chain().eval())(X)
+    amct.save_model("m.onnx", "record.txt", "out/net")
+    for name in ("m.onnx", "out/net_fake_quant_model.onnx"):
+        with pytest.raises(ExportError, match="not a deploy model"):
+            amct.deploy_to_qdq(name, "out/net_qdq_model.onnx")
+    with pytest.raises(ArgumentValueError, match="same file"):
+        amct.deploy_to_qdq("out/net_deploy_model.onnx", "out/net_deploy_model.onnx")
+    assert not Path("out/net_qdq_model.onnx").exists()
+
+
 @pytest.mark.parametrize("name", ["m.onnx", "record.txt"])
 def test_save_model_with_a_missing_file(name: str) -> None:
     quantized(Chain().eval())(X)
@@ -253,7 +294,7 @@ class Inexportable(nn.Module):
 def test_model_that_cannot_be_exported() -> None:
     model = Inexportable().eval()
     amct.create_quant_config("config.json", model, X)
-    with pytest.raises(ExportError, match=r"cannot be exported.*control flow"):
+    with pytest.raises(ExportError, match=r"cannot be exported.*depends on the values"):
         amct.quantize_model("config.json", "m.onnx", "record.txt", model, X)
     assert files() == {"config.json"}
 

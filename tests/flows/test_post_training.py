@@ -234,6 +234,118 @@ def test_poor_agreement_is_shouted(model: nn.Module, caplog: pytest.LogCaptureFi
     assert "body.2.0" in caplog.text
 
 
+class Stateful(nn.Module):
+    """Counts its forwards in a buffer and in an attribute, and answers by both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.register_buffer("runs", torch.zeros(()))
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.runs += 1
+        self.calls += 1
+        return self.conv(x) * (self.runs + self.calls)
+
+
+def test_model_with_state_is_calibrated_from_the_state_it_was_given_in() -> None:
+    torch.manual_seed(0)
+    model = Stateful().eval()
+    amct.create_quant_config("config.json", model, X, batch_num=2)
+    quantized = amct.quantize_model("config.json", "m.onnx", "record.txt", model, X)
+    assert float(quantized.runs) == quantized.calls == 0
+    with torch.no_grad():
+        for batch in range(1, 3):
+            expected = model.conv(X) * 2 * batch
+            torch.testing.assert_close(quantized(X), expected, rtol=1e-5, atol=1e-5)
+    # The last batch ran a second time, to measure the layers; the buffer does not show it.
+    assert float(quantized.runs) == 2
+
+
+class Auxiliary(nn.Module):
+    """An auxiliary head that runs always and is returned in training only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head, self.aux = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        x = torch.relu(self.stem(x))
+        out, aux = self.head(x), self.aux(x)
+        return (out, aux) if self.training else out
+
+
+def test_layer_whose_output_is_not_used_stays_float() -> None:
+    model = Auxiliary()
+    calibrated(model)
+    amct.save_model("m.onnx", "record.txt", "out/net")
+    layers = json.loads(Path("out/net_ledger.json").read_text())["layers"]
+    statuses = {layer["name"]: layer["status"] for layer in layers}
+    assert statuses == {"stem": "quantized", "head": "quantized", "aux": "float"}
+    assert "not used" in next(layer["reason"] for layer in layers if layer["name"] == "aux")
+
+
+def test_fp16_mode_is_simulated_as_it_is_deployed(model: nn.Module) -> None:
+    Path("a.cfg").write_text("fakequant_precision_mode: FORCE_FP16_QUANT")
+    amct.create_quant_config("config.json", model, X, config_definition="a.cfg")
+    quantized = amct.quantize_model("config.json", "m.onnx", "record.txt", model, X)
+    quantized(X)
+    amct.save_model("m.onnx", "record.txt", "out/net")
+    session = ort.InferenceSession("out/net_fake_quant_model.onnx")
+    fake = session.run(None, {session.get_inputs()[0].name: X.numpy()})[0]
+    with torch.no_grad():
+        simulated = quantized(X)
+    scale = read_record("record.txt").factors["head"].scale_d
+    assert scale == float(torch.tensor(scale).half())
+    # The same integers: only the mean before the last layer may round differently.
+    assert float((simulated - torch.from_numpy(fake)).abs().max()) < 1e-5
+
+
+def test_autocast_of_the_caller_does_not_reach_the_files(model: nn.Module) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        amct.create_quant_config("config.json", model, X)
+        quantized = amct.quantize_model("config.json", "m.onnx", "record.txt", model, X)
+    quantized(X)
+    amct.save_model("m.onnx", "record.txt", "out/net")
+    types = {tensor.data_type for tensor in onnx.load("m.onnx").graph.initializer}
+    assert onnx.TensorProto.BFLOAT16 not in types
+
+
+def test_weights_of_other_modules_are_in_the_ledger() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 4, 2, 2), nn.BatchNorm2d(4)
+    ).eval()
+    calibrated(net)
+    amct.save_model("m.onnx", "record.txt", "out/net")
+    conv, transposed = json.loads(Path("out/net_ledger.json").read_text())["layers"]
+    assert (conv["name"], conv["status"]) == ("0", "quantized")
+    assert (transposed["name"], transposed["status"]) == ("1", "float")
+    assert transposed["reason"] == "ConvTranspose2d is not supported in this version"
+    assert transposed["parameters"] == 64
+
+
+def test_sums_beyond_float32_are_noted() -> None:
+    model = nn.Sequential(nn.ReLU(), nn.Flatten(), nn.Linear(768, 4)).eval()
+    with torch.no_grad():
+        model[2].weight.uniform_(0.5, 1.0)
+    calibrated(model)
+    amct.save_model("m.onnx", "record.txt", "out/net")
+    (entry,) = json.loads(Path("out/net_ledger.json").read_text())["layers"]
+    assert any("2^24" in note for note in entry["notes"])
+
+
+def test_matmul_weights_keep_their_names(model: nn.Module) -> None:
+    net = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4)).eval()
+    x = torch.randn(2, 5, 8)
+    amct.create_quant_config("config.json", net, x)
+    amct.quantize_model("config.json", "m.onnx", "record.txt", net, x)(x)
+    amct.save_model("m.onnx", "record.txt", "out/net")
+    deploy = onnx.load("out/net_deploy_model.onnx").graph
+    int8 = {t.name for t in deploy.initializer if t.data_type == onnx.TensorProto.INT8}
+    assert int8 == {"0.weight", "2.weight"}
+
+
 def test_existing_files_are_named_when_overwritten(
     model: nn.Module, caplog: pytest.LogCaptureFixture
 ) -> None:

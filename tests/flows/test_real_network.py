@@ -116,6 +116,23 @@ def test_deploy_model_is_the_fake_quant_model(run: Run, photo_crops: PhotoCrops)
     assert found.sqnr_db >= 45
 
 
+def test_every_layers_integers_are_those_of_the_fake_quant_model(
+    run: Run, photo_crops: PhotoCrops
+) -> None:
+    deploy = amct.DeploySession(run.folder / "out/lite0_deploy_model.onnx")
+    sums = [sums for _, sums in deploy.layers.values()]
+    rounded = [f"{layer}.round.output0" for layer in deploy.layers]
+    fake = onnx.load(run.folder / "out/lite0_fake_quant_model.onnx")
+    fake.graph.output.extend(onnx.ValueInfoProto(name=name) for name in rounded)
+    session = ort.InferenceSession(fake.SerializeToString())
+    feeds = {deploy.get_inputs()[0].name: photo_crops.heldout[:1].numpy()}
+    integers = dict(zip(deploy.layers, deploy.run(sums, feeds), strict=True))
+    floats = dict(zip(deploy.layers, session.run(rounded, feeds), strict=True))
+    assert len(integers) == 50
+    different = [name for name in integers if not np.array_equal(integers[name], floats[name])]
+    assert different == []
+
+
 def test_qdq_model_is_as_near_to_float(run: Run, photo_crops: PhotoCrops) -> None:
     fake = fidelity(run, photo_crops, "lite0_fake_quant_model.onnx")
     qdq = fidelity(run, photo_crops, "lite0_qdq_model.onnx")

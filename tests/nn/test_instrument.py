@@ -212,7 +212,7 @@ def test_a_forward_that_differs_from_run_to_run_is_told() -> None:
     net = Net(flip, a=StandardizedConv(4, 4, 3, padding=1)).eval()
     inputs = ModelInputs.of(image())
     graph = look_at(net, inputs)
-    net.runs = 0
+    net.runs = 1
     with pytest.raises(ModelError, match="'a' ran in one forward of the model and not in the next"):
         instrument(net, graph, inputs, ["a"], {})
 

@@ -108,7 +108,7 @@ def test_quantized_input_is_the_format_without_its_offset(
 ) -> None:
     # Rounding then clipping to shifted bounds must be the same as adding the offset first.
     scale, x = 2.0**exponent, torch.tensor(values)
-    operands = IntegerOperands(INT8, 1 / scale, offset, x, x, x)
+    operands = IntegerOperands(INT8, 1 / scale, offset, x, x, x, x)
     expected = INT8.quantize(x, torch.tensor(scale), offset) - offset
     assert torch.equal(operands.quantized_input(x), expected)
     assert x.tolist() == values

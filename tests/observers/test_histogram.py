@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from amct_pytorch.observers.histogram import HALF_BINS, Histogram
+from amct_pytorch.observers.histogram import HALF_BINS, SMALLEST_EXPONENT, Histogram
+from amct_pytorch.observers.tails import KEPT
 
 GENERATOR_SEEDS = st.integers(0, 2**31)
 
@@ -21,9 +22,13 @@ def histogram_of(*batches: torch.Tensor) -> Histogram:
     return histogram
 
 
-def state(histogram: Histogram) -> tuple[list[int], float, float, int, float]:
+def state(histogram: Histogram) -> tuple[object, ...]:
     return (
-        histogram.counts.tolist(),
+        histogram._exponent,
+        histogram._inner.numpy().tobytes(),
+        histogram._largest.values.numpy().tobytes(),
+        histogram._smallest.values.numpy().tobytes(),
+        histogram.counts.numpy().tobytes(),
         histogram.low,
         histogram.high,
         histogram.total,
@@ -220,15 +225,130 @@ def test_ranks_are_exact_to_a_bin_and_the_extremes_exact(data: list[torch.Tensor
     assert smallest - slack <= histogram.kth_smallest(k) <= smallest
 
 
-def test_prefix_sums_are_the_moments_of_the_bin_centres() -> None:
-    x = torch.randn(1000, generator=torch.Generator().manual_seed(1)) * 3
-    histogram = histogram_of(x)
-    sums = histogram.prefix_sums()
-    width = histogram.width
-    centres = (np.floor(x.double().numpy() / width) + 0.5) * width
-    for threshold in (-20.0, -3.3, -width / 2, 0.0, width / 2, 0.1, 2.0, 20.0):
+def places(values: np.ndarray) -> np.ndarray:
+    """Where a histogram takes each value to be, by the definition in its docstring."""
+    values = values.astype(np.float64).ravel()
+    magnitudes = np.sort(np.abs(values))[::-1]
+    inner = magnitudes[KEPT - 1] if values.size >= KEPT else 0.0
+    exponent = max(math.frexp(inner)[1], SMALLEST_EXPONENT) if inner else SMALLEST_EXPONENT
+    limit = math.ldexp(1.0, exponent)
+    width = limit / HALF_BINS
+    covered = (values >= -limit) & (values < limit)
+    return np.where(covered, (np.floor(values / width) + 0.5) * width, values)
+
+
+@pytest.mark.parametrize("number", [1000, KEPT, 5000, 300_000])
+@pytest.mark.parametrize("outlier", [0.0, 1e6, -1e6])
+def test_prefix_sums_are_the_moments_of_bin_centres_and_outliers(
+    number: int, outlier: float
+) -> None:
+    x = torch.randn(number, generator=torch.Generator().manual_seed(1)) * 3
+    x[7] = outlier
+    sums = histogram_of(x).prefix_sums()
+    taken = places(x.numpy())
+    for threshold in (-2e6, -20.0, -3.3, -1e-3, 0.0, 1e-3, 0.1, 2.0, 20.0, 2e6):
         index = int(sums.index(torch.tensor(threshold, dtype=torch.float64)))
-        below = centres[centres < threshold]
+        below = taken[taken < threshold]
         expected = [below.size, below.sum(), np.square(below).sum()]
-        # float64 sums of a thousand terms in another order.
-        assert sums.moments[:, index].tolist() == pytest.approx(expected, rel=1e-12, abs=1e-9)
+        # float64 sums in another order, of terms up to the square of the outlier.
+        bound = 1e-15 * number * max(1.0, outlier * outlier)
+        assert sums.moments[:, index].tolist() == pytest.approx(expected, rel=1e-11, abs=bound)
+
+
+def tied(number: int, seed: int) -> torch.Tensor:
+    """Values with many ties, at the ends too, and rare outliers."""
+    generator = torch.Generator().manual_seed(seed)
+    x = (torch.randn(number, generator=generator) * 8).round().clamp(-20, 14) / 4
+    x[torch.randint(number, (number // 2000 + 1,), generator=generator)] = 1e5
+    return x
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (1,),
+        (KEPT - 1,),
+        (KEPT, 1),
+        (3, 5000, 700),
+        (4 * KEPT * 4 + 3, 999),
+        (700_001, 30_000),
+        (30_000, 700_001),
+        (2_200_013,),
+    ],
+)
+@pytest.mark.parametrize("kind", ["normal", "relu", "tied", "growing", "float16"])
+def test_the_kept_largest_and_smallest_values_are_exact(sizes: tuple[int, ...], kind: str) -> None:
+    data = []
+    for i, number in enumerate(sizes):
+        x = torch.randn(number, generator=torch.Generator().manual_seed(i))
+        data.append(
+            {
+                "normal": x,
+                "relu": x.relu(),
+                "tied": tied(number, i),
+                "growing": x * 10.0**i,
+                "float16": x.half(),
+            }[kind]
+        )
+    histogram = histogram_of(*data)
+    ordered = torch.cat(data).double().sort().values
+    ranks = min(KEPT, ordered.numel())
+    largest = [histogram.kth_largest(k) for k in range(1, ranks + 1)]
+    smallest = [histogram.kth_smallest(k) for k in range(1, ranks + 1)]
+    assert largest == ordered.flip(0)[:ranks].tolist()
+    assert smallest == ordered[:ranks].tolist()
+
+
+def test_a_threshold_of_a_finer_dtype_loses_no_value() -> None:
+    # Rounded to float32, the least of the kept values is 1.0.
+    first = torch.full((KEPT,), 1 - 2.0**-40, dtype=torch.float64)
+    histogram = histogram_of(first, torch.ones(3, dtype=torch.float32))
+    assert [histogram.kth_largest(k) for k in (3, 4)] == [1.0, 1 - 2.0**-40]
+
+
+def test_large_batches_in_any_order_and_merged_give_the_same_state() -> None:
+    # Bins widen in between, and values that were kept one by one come into them.
+    data = [tied(40_000, 1), torch.randn(3000) * 1e4, tied(600, 2), torch.randn(9000).relu() - 2]
+    expected = state(histogram_of(torch.cat(data)))
+    for order in permutations(data):
+        assert state(histogram_of(*order)) == expected
+        merged = Histogram()
+        for batch in order:
+            merged.merge(histogram_of(batch))
+        assert state(merged) == expected
+    left, right = histogram_of(*data[:2]), histogram_of(*data[2:])
+    left.merge(right)
+    assert state(left) == expected
+    counts, width = brute_force(torch.cat(data).numpy())
+    assert left.width == width
+    assert np.array_equal(left.counts.numpy(), counts)
+
+
+def test_ranks_beyond_the_kept_values_are_exact_to_a_bin_of_the_bulk() -> None:
+    x = torch.randn(50_000, generator=torch.Generator().manual_seed(4))
+    x[:20] = 1e7
+    x[20:30] = -1e6
+    histogram = histogram_of(x)
+    ordered = x.double().sort().values
+    for k in (KEPT + 1, 5000, 25_000, 49_000):
+        # The KEPT-th magnitude is below 4: 2^14 bins up to there.
+        assert 0 <= histogram.kth_largest(k) - float(ordered[-k]) <= 4 / HALF_BINS
+        assert 0 <= float(ordered[k - 1]) - histogram.kth_smallest(k) <= 4 / HALF_BINS
+
+
+def test_bins_that_widen_in_inference_mode_can_be_updated_outside() -> None:
+    histogram = Histogram()
+    with torch.inference_mode():
+        histogram.update(torch.randn(5000))
+        histogram.update(torch.randn(5000) * 1e3)
+    histogram.update(torch.randn(5000) * 1e6)
+    assert int(histogram.counts.sum()) == 15_000
+
+
+def test_tails_stay_the_same_size() -> None:
+    histogram = Histogram()
+    for i in range(5):
+        histogram.update(torch.randn(20_000) * 2.0**i)
+    for tail in (histogram._largest, histogram._smallest):
+        assert tail.values.shape == (KEPT,)
+        assert tail.values.untyped_storage().nbytes() == 8 * KEPT

@@ -7,12 +7,12 @@ from torch import nn
 
 from amct_pytorch.config.defaults import default_calibration_config
 from amct_pytorch.flows.calibration import CalibrationResult
+from amct_pytorch.flows.calibration_ledger import calibration_ledger
 from amct_pytorch.graph.look import look_at
 from amct_pytorch.graph.tensors import ModelInputs
 from amct_pytorch.nn.calibrate import LayerErrors
 from amct_pytorch.observers.statistics import Agreement, LayerStatistics
 from amct_pytorch.record.factors import LayerFactors
-from amct_pytorch.report.build import calibration_ledger
 from amct_pytorch.report.ledger import LayerEntry, Ledger, OutputEntry
 from amct_pytorch.report.table import ledger_table
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from amct_pytorch.formats import IntFormat
+from amct_pytorch.formats.integer import SMALLEST_SCALE
 
 
 def arq_scale(
@@ -14,7 +15,9 @@ def arq_scale(
     """One scale, or one per output channel, that spans the weights.
 
     s = max / (2^(b-1) - 1) where the largest weight is at least as far from zero as the
-    smallest, else |min| / 2^(b-1); 1 where the weights are (next to) all zero.
+    smallest, else |min| / 2^(b-1). Where the weights are next to all zero (below 2^-23 per
+    step), s is 2^-23: the definition's 1 would round them all to zero and leave the channel's
+    bias no finer than the step of the input.
 
     Args:
         weight: the layer's weight.
@@ -28,8 +31,20 @@ def arq_scale(
     rows = weight.detach().float().transpose(0, out_axis).flatten(1)
     if not channel_wise:
         rows = rows.reshape(1, -1)
-    scale, _ = number_format.factors(rows.amin(1), rows.amax(1), symmetric=True)
-    return scale
+    low, high = rows.amin(1), rows.amax(1)
+    scale, _ = number_format.factors(low, high, symmetric=True)
+    largest = torch.maximum(high / number_format.qmax, low / number_format.qmin)
+    return torch.where(largest < SMALLEST_SCALE, torch.full_like(scale, SMALLEST_SCALE), scale)
+
+
+def bias_limit(scale: Tensor) -> int:
+    """Largest |integer bias| for a layer with these weight (or bias) scales.
+
+    With a scale per channel, 2^23 leaves the sums of most layers room below 2^24, where
+    float32 is exact. A single scale for the whole layer cannot be widened for the sake of one
+    large bias, so there the limit is what int32 holds with room for the sum.
+    """
+    return 2**23 if scale.numel() > 1 else 2**30
 
 
 def floored_for_bias(scale_w: Tensor, scale_d: float, bias: Tensor, limit: int) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from amct_pytorch.algorithms.arq import arq_scale, floored_for_bias
+from amct_pytorch.algorithms.arq import arq_scale, bias_limit, floored_for_bias
 from amct_pytorch.config.models import CalibrationConfig, IfmrParams
 from amct_pytorch.formats import INT8, IntFormat
 from amct_pytorch.graph.layers import LayerKind
@@ -17,8 +17,6 @@ from amct_pytorch.observers.range_search import SearchSettings, search_range
 from amct_pytorch.observers.statistics import LayerStatistics
 from amct_pytorch.record.factors import LayerFactors
 
-# Largest integer bias. It leaves a layer's float32 sums room below 2^24, where they are exact.
-BIAS_LIMIT = 2**23
 FP16_NORMAL = (2.0**-14, 65504.0)
 
 
@@ -65,7 +63,8 @@ def complete_factors(
     )
     if known.fakequant_precision_mode == "FORCE_FP16_QUANT":
         scale_d = fp16_scale(scale_d)
-    scale_w = floored_for_bias(torch.tensor(known.scale_w), scale_d, bias.cpu(), BIAS_LIMIT)
+    scale_w = torch.tensor(known.scale_w)
+    scale_w = floored_for_bias(scale_w, scale_d, bias.cpu(), bias_limit(scale_w))
     return LayerFactors(
         scale_w=tuple(scale_w.tolist()),
         scale_d=scale_d,
@@ -82,7 +81,8 @@ def fp16_scale(scale: float) -> float:
     low, high = FP16_NORMAL
     if low <= scale <= high:
         return float(torch.tensor(scale).half())
-    return float(torch.tensor(math.sqrt(scale)).half().float() ** 2)
+    root = min(max(math.sqrt(scale), low), high)
+    return float(torch.tensor(root).half().float() ** 2)
 
 
 def output_ranges(statistics: Mapping[str, LayerStatistics]) -> dict[str, tuple[float, float]]:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import copy
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from amct_pytorch.errors import ArgumentTypeError, ArgumentValueError, ExportError, did_you_mean
 from amct_pytorch.export.layer_nodes import LAYER_KEY
-from amct_pytorch.graph.tensors import ModelInputs, tensors_in
+from amct_pytorch.graph.tensors import ModelInputs, in_own_precision, tensors_in
 from amct_pytorch.nn.wrapped import INNER, CompressedLayer, compressed_layers
 
 OPSET = 18
@@ -39,23 +40,32 @@ def check_names(
     input_names: Sequence[str] | None,
     output_names: Sequence[str] | None,
     dynamic_axes: DynamicAxes | None,
+    taken: Collection[str] = (),
 ) -> None:
     """Checks what the user said of the ONNX model's inputs and outputs.
+
+    Args:
+        inputs: the example arguments.
+        input_names: as given.
+        output_names: as given.
+        dynamic_axes: as given.
+        taken: names that weights will have.
 
     Raises:
         ArgumentTypeError, ArgumentValueError: naming the argument, the value, what is allowed.
     """
     for argument, names in (("input_names", input_names), ("output_names", output_names)):
-        if names is None:
-            continue
-        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-            raise ArgumentTypeError(f"{argument} is {names!r}; allowed is a list of str, or None")
-        if len(set(names)) != len(names):
-            raise ArgumentValueError(f"{argument} is {names!r}; each name may stand in it once")
-    number = len(list(tensors_in((inputs.args, inputs.kwargs))))
-    if input_names is not None and len(input_names) > number:
+        _check_name_list(argument, names, taken)
+    both = set(input_names or ()) & set(output_names or ())
+    if both:
         raise ArgumentValueError(
-            f"input_names has {len(input_names)} names; input_data has {number} tensors"
+            f"output_names has {min(both)!r}, which is in input_names too; each tensor needs a "
+            "name of its own"
+        )
+    tensors = list(tensors_in((inputs.args, inputs.kwargs)))
+    if input_names is not None and len(input_names) > len(tensors):
+        raise ArgumentValueError(
+            f"input_names has {len(input_names)} names; input_data has {len(tensors)} tensors"
         )
     if dynamic_axes is None:
         return
@@ -65,21 +75,61 @@ def check_names(
             "{name: {axis: label}} or {name: [axes]}, or None"
         )
     known = [*(input_names or ()), *(output_names or ())]
+    ranks = {name: t.dim() for name, t in zip(input_names or (), tensors, strict=False)}
     for name, axes in dynamic_axes.items():
         if name not in known:
             raise ArgumentValueError(
                 f"dynamic_axes names {name!r}, which is neither in input_names nor in "
                 f"output_names{did_you_mean(name, known)}"
             )
-        if not isinstance(axes, (Mapping, list, tuple)):
-            raise ArgumentTypeError(
-                f"dynamic_axes[{name!r}] is {axes!r}; allowed is {{axis: label}} or [axes]"
+        _check_axes(name, axes, ranks.get(name))
+
+
+def _check_name_list(argument: str, names: Sequence[str] | None, taken: Collection[str]) -> None:
+    if names is None:
+        return
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise ArgumentTypeError(f"{argument} is {names!r}; allowed is a list of str, or None")
+    if len(set(names)) != len(names):
+        raise ArgumentValueError(f"{argument} is {names!r}; each name may stand in it once")
+    for name in names:
+        if not name:
+            raise ArgumentValueError(f"{argument} has an empty name: {names!r}")
+        if name in taken:
+            raise ArgumentValueError(f"{argument} has {name!r}, which is the name of a weight")
+
+
+def _check_axes(name: str, axes: object, rank: int | None) -> None:
+    if not isinstance(axes, (Mapping, list, tuple)):
+        raise ArgumentTypeError(
+            f"dynamic_axes[{name!r}] is {axes!r}; allowed is {{axis: label}} or [axes]"
+        )
+    for axis in axes:
+        if not isinstance(axis, int) or isinstance(axis, bool) or axis < 0:
+            raise ArgumentValueError(
+                f"dynamic_axes[{name!r}] has the axis {axis!r}; allowed are integers >= 0"
             )
-        for axis in axes:
-            if not isinstance(axis, int) or isinstance(axis, bool) or axis < 0:
-                raise ArgumentValueError(
-                    f"dynamic_axes[{name!r}] has the axis {axis!r}; allowed are integers >= 0"
-                )
+        if rank is not None and axis >= rank:
+            raise ArgumentValueError(
+                f"dynamic_axes[{name!r}] has the axis {axis}; the tensor is {rank}-D, so allowed "
+                f"are 0 to {rank - 1}"
+            )
+        if isinstance(axes, Mapping) and not (isinstance(axes[axis], str) and axes[axis]):
+            raise ArgumentTypeError(
+                f"dynamic_axes[{name!r}][{axis}] is {axes[axis]!r}; allowed is a label, a str"
+            )
+
+
+def check_output_count(output_names: Sequence[str] | None, number: int) -> None:
+    """Checks that there are no more names than the model has outputs.
+
+    Raises:
+        ArgumentValueError: there are.
+    """
+    if output_names is not None and len(output_names) > number:
+        raise ArgumentValueError(
+            f"output_names has {len(output_names)} names; the model returns {number} tensors"
+        )
 
 
 def export_float(
@@ -95,19 +145,18 @@ def export_float(
     Args:
         model: in eval mode, with `CompressedLayer`s that have no stage.
         inputs: example arguments.
-        input_names: names of the tensors in `inputs`, in order.
+        input_names: names of the tensors in `inputs`, in order; checked by `check_names`.
         output_names: names of the model's output tensors, in order.
         dynamic_axes: axes of named inputs (and outputs) that are not fixed.
 
     Raises:
-        ArgumentTypeError, ArgumentValueError: names or axes are wrong.
         ExportError: the model cannot be exported; the message says where and what to try.
     """
-    check_names(inputs, input_names, output_names, dynamic_axes)
     try:
-        with _quiet(), torch.no_grad():
+        # A copy: tracing runs the forward, which may change buffers and attributes.
+        with _quiet(), in_own_precision(model):
             program = torch.onnx.export(
-                model,
+                copy.deepcopy(model),
                 _growable(inputs, input_names, dynamic_axes).args,
                 kwargs=inputs.kwargs or None,
                 dynamo=True,
@@ -122,8 +171,7 @@ def export_float(
         reason = _first_cause(error)
         raise ExportError(
             f"the model cannot be exported to ONNX: {reason}. torch.onnx.export(model, "
-            "input_data, dynamo=True) has to work; data-dependent Python control flow in "
-            "forward is the usual cause"
+            f"input_data, dynamo=True) has to work{_hint(reason)}"
         ) from error
     assert program is not None
     exported = program.model
@@ -142,6 +190,15 @@ def export_float(
     proto = ir.to_proto(exported)
     assert isinstance(proto, onnx.ModelProto)
     return proto
+
+
+def _hint(reason: str) -> str:
+    """What usually lies behind an exporter's complaint."""
+    if "data-dependent" in reason or "GuardOnDataDependent" in reason:
+        return "; the forward has Python control flow that depends on the values of tensors"
+    if "SyntaxError" in reason:
+        return "; a module's name is probably a Python keyword or holds a quote"
+    return ""
 
 
 def _growable(
@@ -262,6 +319,13 @@ def _name_weights(model: ir.Model, layers: Mapping[str, CompressedLayer]) -> Non
             held = initializers.get(f"{name}.{INNER}.{parameter}")
             if held is not None and f"{name}.{parameter}" not in initializers:
                 held.name = f"{name}.{parameter}"
+    for node in model.graph:
+        # A MatMul reads a transposed copy, which constant folding has made.
+        layer, weight = node.metadata_props.get(LAYER_KEY), node.inputs[1:2]
+        if layer is None or not weight or weight[0] is None or len(weight[0].uses()) != 1:
+            continue
+        if weight[0].is_initializer() and f"{layer}.weight" not in initializers:
+            weight[0].name = f"{layer}.weight"
 
 
 def _drop_exporter_notes(model: ir.Model) -> None:

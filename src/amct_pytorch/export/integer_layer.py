@@ -7,17 +7,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import onnx
 import torch
 
 from amct_pytorch.errors import ExportError, RecordError, did_you_mean
 from amct_pytorch.export.layer_nodes import LayerFinder, LayerNode
+from amct_pytorch.export.onnx_graph import OnnxGraph
 from amct_pytorch.formats.integer import IntFormat
 from amct_pytorch.record.factors import LayerFactors
 
 INT32 = np.iinfo(np.int32)
 # float32 holds every integer up to here, so sums of integers below it are exact.
 EXACT_FLOAT32 = 1 << 24
-FORCE_FP16 = "FORCE_FP16_QUANT"
 
 
 @dataclass(frozen=True)
@@ -116,24 +117,21 @@ def integer_layer(layer: LayerNode, factors: LayerFactors) -> IntegerLayer:
     quantized = IntFormat(factors.weight_bits).quantize(
         torch.tensor(layer.weight), torch.from_numpy(layer.along_channels(scale_w))
     )
+    product = factors.bias_scale()
     with np.errstate(over="ignore", under="ignore"):
-        product = scale_w * scale_d
         inverse = np.float32(1) / scale_d
     if not (np.isfinite(product).all() and (product > 0).all() and np.isfinite(inverse)):
         raise ExportError(
             f"layer {layer.name!r}: scale_w * scale_d or 1 / scale_d leaves the range of float32 "
             f"(scale_d is {factors.scale_d:g})"
         )
-    dequant = product
-    if factors.fakequant_precision_mode == FORCE_FP16:
-        dequant = (product.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
     return IntegerLayer(
         layer,
         quantized.to(torch.int8).numpy(),
         None if layer.bias is None else _integer_bias(layer, product),
         inverse,
         factors.offset_d,
-        dequant,
+        factors.dequant_scale(),
         IntFormat(factors.activation_bits),
     )
 
@@ -146,7 +144,7 @@ def _integer_bias(layer: LayerNode, scale: np.ndarray) -> np.ndarray:
     if beyond.size:
         i = int(beyond[0])
         raise ExportError(
-            f"layer {layer.name!r}: the integer bias of output channel {i} is {value[i]:.0f}, "
+            f"layer {layer.name!r}: the integer bias of output channel {i} is {value[i]:g}, "
             f"beyond int32; its float bias is {layer.bias[i]:g} and scale_w * scale_d is "
             f"{scale[i % scale.size]:g}, too small for it"
         )
@@ -219,3 +217,19 @@ def integer_layers(
         for name in finder.names
         if name in factors
     }
+
+
+def inexact_in_float32(
+    model: onnx.ModelProto, factors: Mapping[str, LayerFactors]
+) -> frozenset[str]:
+    """The layers whose integer sums can leave the range in which float32 is exact.
+
+    Args:
+        model: the float model.
+        factors: of the layers to quantize.
+
+    Raises:
+        RecordError, ExportError: see `integer_layers`.
+    """
+    layers = integer_layers(LayerFinder(OnnxGraph(model)), factors)
+    return frozenset(name for name, layer in layers.items() if not layer.exact_in_float32())

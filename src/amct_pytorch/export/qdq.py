@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import onnx
 
+from amct_pytorch.errors import ExportError
 from amct_pytorch.export.deploy_reader import WEIGHTED, DeployLayer, DeployModel, Quantizer
 from amct_pytorch.export.integer_kernels import exact_kernels
 from amct_pytorch.export.onnx_file import load_onnx, save_onnx
 from amct_pytorch.export.opset import IR_VERSION
 from amct_pytorch.export.qdq_plan import WHOLE, Closing, Code, QdqPlan, read_extra_ranges
-from amct_pytorch.files import PathLike, check_writable
+from amct_pytorch.files import PathLike, check_distinct, check_writable
 
 log = logging.getLogger("amct_pytorch")
 
@@ -58,6 +59,7 @@ def deploy_to_qdq(deploy_model_file: PathLike, save_file: PathLike) -> None:
             its integer layers are put together in a way that has no meaning.
     """
     check_writable(save_file, "save_file")
+    check_distinct(deploy_model_file=deploy_model_file, save_file=save_file)
     model, islands = qdq_model(load_onnx(deploy_model_file, "deploy_model_file"))
     save_onnx(model, save_file, what="save_file")
     if islands:
@@ -81,7 +83,13 @@ def qdq_model(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:
     Args:
         model: the deploy model; not changed.
     """
-    writer = _QdqWriter(DeployModel(model))
+    deploy = DeployModel(model)
+    if not deploy.layers:
+        raise ExportError(
+            "the model has no AscendQuant and AscendDequant around any layer, so it is not a "
+            "deploy model; give the file that ends in deploy_model.onnx"
+        )
+    writer = _QdqWriter(deploy)
     return writer.write(read_extra_ranges(model))
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from amct_pytorch.algorithms.solve import BIAS_LIMIT, complete_factors, weight_factors
+from amct_pytorch.algorithms.arq import bias_limit
+from amct_pytorch.algorithms.solve import complete_factors, weight_factors
 from amct_pytorch.config.models import CalibrationConfig
 from amct_pytorch.errors import CalibrationError
 from amct_pytorch.graph.tensors import ModelInputs, random_state_kept, tensors_in
@@ -100,8 +101,8 @@ class Calibration:
             model.eval()
         if self._in_batch:
             raise CalibrationError(
-                "an earlier calibration batch failed half-way, so its values were counted for some "
-                "layers only; call quantize_model again"
+                "an earlier calibration batch failed half-way, so what it left is incomplete; call "
+                "quantize_model again"
             )
         self._in_batch = True
         self._started = time.perf_counter()
@@ -113,22 +114,25 @@ class Calibration:
     def _after(self, _: nn.Module, __: tuple[Any, ...], ___: dict[str, Any], outputs: Any) -> None:
         if self._solving:
             return
-        self._in_batch = False
         self._observe.batch += 1
         self._observing_seconds += time.perf_counter() - self._started
         logger.info("calibration batch %d of %d", self._observe.batch, self._config.batch_num)
         if self._observe.last:
             self._finish(outputs)
+        self._in_batch = False
 
     def _finish(self, outputs: Any) -> None:
         """Solves, switches to simulation and hands the result over."""
         self._solving = True
-        # Tensors made under the caller's inference mode could not be changed later.
-        with torch.inference_mode(False), torch.no_grad():
-            result = self._solve([t.detach() for t in tensors_in(outputs)])
+        try:
+            # Tensors made under the caller's inference mode could not be changed later.
+            with torch.inference_mode(False), torch.no_grad():
+                result = self._solve([t.detach() for t in tensors_in(outputs)])
+        finally:
+            self._solving = False
+        self._finished(result)
         for handle in self._handles:
             handle.remove()
-        self._finished(result)
 
     def _solve(self, float_outputs: list[Tensor]) -> CalibrationResult:
         started = time.perf_counter()
@@ -184,9 +188,10 @@ class Calibration:
             if mean_input is None:
                 continue
             call = self._observe.calls[name]
-            bias = corrected_bias(layer, found, call, mean_input, BIAS_LIMIT)
+            limit = bias_limit(found.bias_scale)
+            bias = corrected_bias(layer, found, call, mean_input, limit)
             changes[name] = bias - layer.bias.double()
-            operands[name] = replace(found, bias=integer_bias(bias, found.dequant_scale))
+            operands[name] = replace(found, bias=integer_bias(bias, found.bias_scale))
         return changes
 
     def _check(
@@ -200,14 +205,17 @@ class Calibration:
         for layer in self._layers.values():
             layer.stage = check
         assert self._last_inputs is not None
+        buffers = {name: buffer.clone() for name, buffer in self._model.named_buffers()}
         with random_state_kept(self._model):
             outputs = list(tensors_in(self._last_inputs.call(self._model)))
+        for name, buffer in self._model.named_buffers():
+            buffer.data.copy_(buffers[name])
         self._last_inputs = None
         for name, change in changes.items():
             errors = check.errors.get(name)
             if errors is None or errors.corrected:
                 layer = self._layers[name]
                 layer.bias.data.copy_((layer.bias.double() + change).to(layer.bias.dtype))
-                bias = integer_bias(layer.bias, operands[name].dequant_scale)
+                bias = integer_bias(layer.bias, operands[name].bias_scale)
                 operands[name] = replace(operands[name], bias=bias)
         return check.errors, output_entry(float_outputs, outputs)

@@ -16,7 +16,7 @@ from amct_pytorch.decomposition.measure import Seen, measure, see_layers
 from amct_pytorch.decomposition.modules import build_pieces, put_in_place
 from amct_pytorch.decomposition.policy import RankPolicy, check_share
 from amct_pytorch.decomposition.solve import solve_layer
-from amct_pytorch.errors import ArgumentTypeError, ModelError
+from amct_pytorch.errors import ArgumentTypeError
 from amct_pytorch.files import PathLike, check_writable, write_whole
 from amct_pytorch.flows.arguments import public_call
 from amct_pytorch.graph.look import check_model
@@ -86,7 +86,7 @@ def auto_decomposition(
     check_share("minimum_saving", minimum_saving, "0 <= minimum_saving < 1", lambda v: 0 <= v < 1)
     if not isinstance(tucker, bool):
         raise ArgumentTypeError(f"tucker is a {type(tucker).__name__}; allowed are True and False")
-    _check_model(model)
+    check_model(model)
     info_path = _writable(decompose_info_path)
     inputs = None if input_data is None else ModelInputs.of(input_data)
     began = time.perf_counter()
@@ -140,7 +140,7 @@ def decompose_network(
         AmctError: naming the file, layer and key; the model is as it was then.
     """
     start_logging(to_file=False)
-    _check_model(model)
+    check_model(model)
     convs = conv_layers(model)
     splits = load_info(decompose_info_path, convs)
     with random_state_kept(model):
@@ -237,15 +237,6 @@ def _entry(name: str, conv: nn.Conv2d, seen: Seen | None) -> DecompositionEntry:
         flops_after=flops,
         input_shape=shape,
     )
-
-
-def _check_model(model: nn.Module) -> None:
-    check_model(model)
-    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        raise ModelError(
-            f"the model is wrapped in {type(model).__name__}, which has already taken hold of its "
-            "parameters; decompose the module inside and wrap the result"
-        )
 
 
 def _writable(info_path: PathLike | None) -> Path | None:

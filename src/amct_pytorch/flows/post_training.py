@@ -18,9 +18,10 @@ from amct_pytorch.config.cfg_file import parse_calibration_cfg
 from amct_pytorch.config.defaults import default_calibration_config
 from amct_pytorch.config.models import CalibrationConfig
 from amct_pytorch.errors import ConfigError, ModelError, RecordError
-from amct_pytorch.files import PathLike, check_writable, write_whole
+from amct_pytorch.files import PathLike, check_distinct, check_writable, write_whole
 from amct_pytorch.flows.arguments import public_call
 from amct_pytorch.flows.calibration import Calibration, CalibrationResult
+from amct_pytorch.flows.calibration_ledger import calibration_ledger
 from amct_pytorch.flows.outputs import output_path
 from amct_pytorch.graph.layers import LAYER_KINDS
 from amct_pytorch.graph.look import ModelGraph, look_at
@@ -29,10 +30,8 @@ from amct_pytorch.graph.tensors import ModelInputs
 from amct_pytorch.logs import logger, start_logging
 from amct_pytorch.nn.instrument import instrument
 from amct_pytorch.nn.wrapped import compressed_layers
-from amct_pytorch.record.factors import LayerFactors
 from amct_pytorch.record.fingerprint import fingerprint
 from amct_pytorch.record.record_file import RecordFile, read_record, write_record
-from amct_pytorch.report.build import calibration_ledger
 from amct_pytorch.report.ledger import Ledger
 from amct_pytorch.report.table import ledger_table
 
@@ -76,11 +75,14 @@ def create_quant_config(
     Raises:
         AmctError: naming the argument, file or layer, what was found and what is allowed.
     """
-    start_logging(to_file=True)
+    start_logging(to_file=False)
     inputs = ModelInputs.of(input_data)
     check_writable(config_file, "config_file")
+    if config_defination is not None:
+        check_distinct(config_defination=config_defination, config_file=config_file)
     message = None if config_defination is None else parse_calibration_cfg(config_defination)
     graph = look_at(model, inputs)
+    start_logging(to_file=True)
     if message is None:
         config = default_calibration_config(
             graph.layers,
@@ -134,16 +136,22 @@ def quantize_model(
             nothing is written then.
     """
     from amct_pytorch.export.deploy import EXTRA_RANGES
-    from amct_pytorch.export.float_model import check_names, export_float
+    from amct_pytorch.export.float_model import check_names, check_output_count, export_float
     from amct_pytorch.export.onnx_file import save_onnx
 
-    start_logging(to_file=True)
+    start_logging(to_file=False)
     inputs = ModelInputs.of(input_data)
-    check_names(inputs, input_names, output_names, dynamic_axes)
+    weights = _names_of_weights(model)
+    check_names(inputs, input_names, output_names, dynamic_axes, weights)
+    check_distinct(
+        config_file=config_file, modfied_onnx_file=modfied_onnx_file, record_file=record_file
+    )
     onnx_path = check_writable(modfied_onnx_file, "modfied_onnx_file")
     record_path = check_writable(record_file, "record_file")
     started = time.perf_counter()
     graph = look_at(model, inputs)
+    check_output_count(output_names, len(graph.trace.outputs))
+    start_logging(to_file=True)
     config = load_calibration_json(config_file, graph.layers, graph.module_names)
     check_available(config, str(config_file))
     names = list(config.enabled_layers())
@@ -202,19 +210,28 @@ def save_model(modfied_onnx_file: PathLike, record_file: PathLike, save_path: Pa
     """
     from amct_pytorch.export.deploy import build_deploy
     from amct_pytorch.export.fake_quant import build_fake_quant
+    from amct_pytorch.export.integer_layer import inexact_in_float32
     from amct_pytorch.export.onnx_file import load_onnx, save_onnx
 
-    start_logging(to_file=True)
+    start_logging(to_file=False)
     started = time.perf_counter()
     targets = {name: output_path(save_path, name) for name in ("fake_quant", "deploy", "ledger")}
     for path in targets.values():
         check_writable(path, "save_path")
+        check_distinct(modfied_onnx_file=modfied_onnx_file, record_file=record_file, save_path=path)
     float_model = load_onnx(modfied_onnx_file, "modfied_onnx_file")
     record = read_record(record_file)
     factors = record.factors
     deploy = build_deploy(float_model, factors)
     fake_quant = build_fake_quant(float_model, factors)
-    ledger = _stored_ledger(float_model, factors)
+    ledger = _stored_ledger(float_model, record)
+    inexact = inexact_in_float32(float_model, factors)
+    for entry in ledger.layers:
+        if entry.name in inexact:
+            entry.notes.append(
+                "its sums can exceed 2^24, where the fake-quant model's float32 is not exact"
+            )
+    start_logging(to_file=True)
     save_onnx(
         fake_quant,
         targets["fake_quant"],
@@ -231,6 +248,14 @@ def save_model(modfied_onnx_file: PathLike, record_file: PathLike, save_path: Pa
     write_whole(targets["ledger"], ledger.to_json(indent=4).encode(), what="save_path")
     print(ledger_table(ledger))
     _warn_if_poor(ledger)
+
+
+def _names_of_weights(model: nn.Module) -> set[str]:
+    """The names that a model's tensors have in its ONNX file."""
+    if not isinstance(model, nn.Module):
+        return set()
+    modules = {f"{path}.{name}" for path, _ in model.named_modules() for name in ("weight", "bias")}
+    return modules | {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
 
 
 def _fused_norms(graph: ModelGraph, config: CalibrationConfig) -> dict[str, str]:
@@ -264,8 +289,9 @@ def _complete_onnx(path: Path, biases: Mapping[str, Tensor], metadata: Mapping[s
     save_onnx(model, path, what="modfied_onnx_file", announce=False)
 
 
-def _stored_ledger(model: onnx.ModelProto, factors: Mapping[str, LayerFactors]) -> Ledger:
-    """The ledger that calibration left in the modified ONNX."""
+def _stored_ledger(model: onnx.ModelProto, record: RecordFile) -> Ledger:
+    """The ledger that calibration left in the modified ONNX, with factors for all its layers."""
+    factors = record.factors
     stored = {entry.key: entry.value for entry in model.metadata_props}
     if LEDGER_KEY not in stored:
         raise RecordError(
@@ -273,6 +299,13 @@ def _stored_ledger(model: onnx.ModelProto, factors: Mapping[str, LayerFactors]) 
             "forward passes of the module that quantize_model returned first"
         )
     ledger = Ledger.from_json(stored[LEDGER_KEY])
+    quantized = [entry.name for entry in ledger.layers if entry.status == "quantized"]
+    missing = [name for name in quantized if name not in factors or not factors[name].complete]
+    if missing:
+        raise RecordError(
+            f"{record.source}: factors are missing for {', '.join(map(repr, missing))}, which "
+            "the ONNX model was calibrated with; restore the record, or calibrate again"
+        )
     if stored.get(FINGERPRINT_KEY) != fingerprint(factors):
         note = (
             "the record's factors are not those the ONNX model was calibrated with (edited, or "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,28 @@ from amct_pytorch.graph.layers import LAYER_KINDS, LayerKind, SeenLayer
 from amct_pytorch.graph.tensors import ModelInputs
 from amct_pytorch.graph.trace import OpCall, Operand, Trace, trace_forward
 
+# Modules that run another one in a way that hides it, and where they hold it.
+WRAPPERS: dict[type[nn.Module], str] = {
+    nn.DataParallel: "module",
+    nn.parallel.DistributedDataParallel: "module",
+    torch._dynamo.OptimizedModule: "_orig_mod",
+}
 SUPPORTED_DTYPES = (torch.float32,)
+
+
+@dataclass(frozen=True)
+class OtherModule:
+    """A module with weights of its own that is no layer of a known kind.
+
+    Attributes:
+        name: dotted module path.
+        type: its class's name.
+        parameters: number of its weights.
+    """
+
+    name: str
+    type: str
+    parameters: int
 
 
 @dataclass(frozen=True)
@@ -24,6 +46,7 @@ class ModelGraph:
 
     Attributes:
         layers: every layer of a known kind, quantizable or not, in module order.
+        others: modules of other kinds that hold weights, which stay as they are.
         fusable_norms: BatchNorm module directly behind a layer and behind nothing else,
             by layer name.
         calls: the one call of each layer that made exactly one, in the order they ran.
@@ -32,6 +55,7 @@ class ModelGraph:
     """
 
     layers: tuple[SeenLayer, ...]
+    others: tuple[OtherModule, ...]
     fusable_norms: dict[str, str]
     calls: dict[str, OpCall]
     module_names: tuple[str, ...]
@@ -43,12 +67,18 @@ def check_model(model: object) -> None:
 
     Raises:
         ArgumentTypeError: `model` is no module.
-        ModelError: it is scripted or traced, or a lazy layer of it has no values yet.
+        ModelError: it is wrapped, scripted or traced, or a lazy layer of it has no values yet.
     """
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(
             f"model is a {type(model).__name__}; allowed is a torch.nn.Module with its weights"
         )
+    for wrapper, inner in WRAPPERS.items():
+        if isinstance(model, wrapper):
+            raise ModelError(
+                f"model is wrapped in {type(model).__name__}; give the module inside it, "
+                f"model.{inner}"
+            )
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelError(
             "the model is a scripted or traced module, whose layers cannot be seen; give the "
@@ -90,6 +120,7 @@ def look_at(model: nn.Module, inputs: ModelInputs) -> ModelGraph:
     watched = copy_model(model)
     trace = trace_forward(watched, inputs)
     sharing = shared_owners(model)
+    used = trace.reaching_output()
     layers = []
     calls: dict[str, OpCall] = {}
     for path, module in watched.named_modules():
@@ -100,6 +131,8 @@ def look_at(model: nn.Module, inputs: ModelInputs) -> ModelGraph:
             op for op in trace.in_scope(path) if op.function in kind.functions and _owns(op, path)
         ]
         reason = _why_not(path, module, kind, own_calls, trace, sharing)
+        if reason is None and own_calls[0].outputs[0] not in used:
+            reason = "its output is not used for the model's output"
         if len(own_calls) == 1:
             calls[path] = own_calls[0]
         layers.append(_describe(path, module, kind, reason, own_calls))
@@ -107,11 +140,19 @@ def look_at(model: nn.Module, inputs: ModelInputs) -> ModelGraph:
     quantizable = {layer.name: calls[layer.name] for layer in layers if layer.quantizable}
     return ModelGraph(
         tuple(layers),
+        tuple(_other_modules(watched)),
         _find_fusable_norms(watched, trace, quantizable),
         calls,
         tuple(path for path, _ in model.named_modules() if path),
         trace,
     )
+
+
+def _other_modules(model: nn.Module) -> Iterator[OtherModule]:
+    for path, module in model.named_modules():
+        weights = [p.numel() for p in module.parameters(recurse=False) if p.dim() > 1]
+        if weights and kind_of(module) is None:
+            yield OtherModule(path, type(module).__name__, sum(weights))
 
 
 def kind_of(module: nn.Module) -> LayerKind | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,6 +83,18 @@ class ModelInputs:
     def call(self, model: torch.nn.Module) -> Any:
         """`model` run on these arguments."""
         return model(*self.args, **self.kwargs)
+
+
+@contextmanager
+def in_own_precision(model: torch.nn.Module) -> Iterator[None]:
+    """Without gradients and without the caller's autocast: the model in its own dtypes."""
+    devices = {tensor.device.type for tensor in (*model.parameters(), *model.buffers())}
+    with ExitStack() as stack:
+        for device in sorted(devices | {"cpu"}):
+            if torch.amp.is_autocast_available(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        stack.enter_context(torch.no_grad())
+        yield
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from amct_pytorch.errors import ModelError
-from amct_pytorch.graph.tensors import ModelInputs, random_state_kept, tensors_in
+from amct_pytorch.graph.tensors import ModelInputs, in_own_precision, random_state_kept, tensors_in
 
 TORCH_PACKAGE = torch.__file__.rsplit("/", 1)[0].rsplit("\\", 1)[0]
 
@@ -79,6 +79,7 @@ class Trace:
         runs: how often each module's forward ran, by dotted path.
         from_input: values that depend on the model's inputs.
         parameter_values: value of each parameter or buffer that some call read.
+        untraced: values made where torch functions are not seen.
     """
 
     ops: list[OpCall] = field(default_factory=list)
@@ -86,10 +87,27 @@ class Trace:
     runs: dict[str, int] = field(default_factory=dict)
     from_input: set[int] = field(default_factory=set)
     parameter_values: dict[str, int] = field(default_factory=dict)
+    untraced: set[int] = field(default_factory=set)
 
     def consumers(self, value: int) -> list[OpCall]:
         """The calls that read `value`."""
         return [op for op in self.ops if value in op.inputs]
+
+    def reaching_output(self) -> set[int]:
+        """The values that the model's output is computed from.
+
+        An untraced value may come from anything before it, so all of that counts.
+        """
+        if not self.outputs:
+            return {value for op in self.ops for value in op.outputs}
+        needed = set(self.outputs)
+        anything = not needed.isdisjoint(self.untraced)
+        for op in reversed(self.ops):
+            if anything or not needed.isdisjoint(op.outputs):
+                needed.update(op.outputs)
+                needed.update(op.inputs)
+                anything |= not self.untraced.isdisjoint(op.inputs)
+        return needed
 
     def in_scope(self, path: str) -> Iterator[OpCall]:
         """The calls made while the forward of module `path` was running."""
@@ -130,6 +148,7 @@ class _Recorder(TorchFunctionMode):
             # Made where torch functions are not seen (a custom autograd function, a
             # compiled extension): it may depend on the input, so say that it does.
             self.trace.from_input.add(value)
+            self.trace.untraced.add(value)
         else:
             self.trace.parameter_values[parameter] = value
         return value
@@ -219,7 +238,7 @@ def trace_forward(model: nn.Module, inputs: ModelInputs) -> Trace:
     recorder.name_inputs(inputs)
     try:
         with (
-            torch.no_grad(),
+            in_own_precision(model),
             random_state_kept(model),
             _scopes_watched(model, recorder),
             recorder,

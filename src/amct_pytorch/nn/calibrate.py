@@ -92,14 +92,14 @@ def corrected_bias(
     Returns:
         float64 [out_channels].
     """
-    weight_scale = layer.per_output(operands.dequant_scale * operands.inverse_scale)
+    weight_scale = layer.per_output(operands.bias_scale * operands.inverse_scale)
     rounding_error = operands.weight * weight_scale - layer.weight.float()
     shift = output_shift(
         mean_input,
         lambda mean: call.run(mean, rounding_error, None),
         layer.kind.channel_axis,
     )
-    largest = limit * operands.dequant_scale.double()
+    largest = limit * operands.bias_scale.double()
     return torch.clamp(layer.bias.double() - shift, -largest, largest)
 
 
@@ -167,6 +167,6 @@ class Check(Stage):
         self.errors[layer.name] = LayerErrors(was, now if corrected else was, corrected)
         if corrected:
             return y
-        bias = integer_bias(layer.bias, operands.dequant_scale)
+        bias = integer_bias(layer.bias, operands.bias_scale)
         self._operands[layer.name] = replace(operands, bias=bias)
         return y - layer.per_channel(change.to(y.dtype), y)

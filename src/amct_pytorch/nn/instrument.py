@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -11,7 +12,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from amct_pytorch.errors import ModelError
 from amct_pytorch.graph.layers import LAYER_KINDS, SeenLayer
 from amct_pytorch.graph.look import ModelGraph, copy_model, kind_of
-from amct_pytorch.graph.tensors import ModelInputs, random_state_kept, tensors_in
+from amct_pytorch.graph.tensors import (
+    ModelInputs,
+    in_own_precision,
+    random_state_kept,
+    tensors_in,
+)
 from amct_pytorch.graph.trace import Operand
 from amct_pytorch.nn.fuse_norm import SkippedNorm, fuse_norm
 from amct_pytorch.nn.intercept import LayerCall
@@ -42,11 +48,14 @@ def instrument(
         ModelError: a weight, bias or BatchNorm holds NaN or infinity, or the model cannot be
             copied or run, or its modules are not held where they can be replaced.
     """
+    # Each run gets a copy of its own: a forward may change buffers and attributes.
+    original = _outputs(copy_model(model), inputs)
     copied = copy_model(model)
-    original = _outputs(copied, inputs)
     wanted = set(names)
     layers = [layer for layer in graph.layers if layer.name in wanted]
-    operands = _operands(copied, graph, inputs, layers)
+    operands = _operands(copied, graph, layers)
+    computed = [layer.name for layer in layers if layer.name not in operands]
+    operands |= _captured(copy_model(model), inputs, computed)
     replacements: dict[nn.Module, nn.Module] = {}
     for layer in layers:
         weight, bias = operands[layer.name]
@@ -64,12 +73,12 @@ def instrument(
         module = copied.get_submodule(layer.name)
         replacements[module] = CompressedLayer(layer.name, kind, module, weight, bias)
     replace_modules(copied, replacements)
-    _check_same(original, _outputs(copied, inputs))
+    _check_same(original, _outputs(copy.deepcopy(copied), inputs))
     return copied
 
 
 def _outputs(model: nn.Module, inputs: ModelInputs) -> list[Tensor]:
-    with torch.no_grad(), random_state_kept(model):
+    with in_own_precision(model), random_state_kept(model):
         return [tensor.detach() for tensor in tensors_in(inputs.copied().call(model))]
 
 
@@ -90,12 +99,11 @@ def _check_same(original: list[Tensor], instrumented: list[Tensor]) -> None:
 
 
 def _operands(
-    model: nn.Module, graph: ModelGraph, inputs: ModelInputs, layers: Iterable[SeenLayer]
+    model: nn.Module, graph: ModelGraph, layers: Iterable[SeenLayer]
 ) -> dict[str, tuple[Tensor, Tensor | None]]:
-    """Weight and bias operand of each layer's call: parameters where they are parameters."""
+    """Weight and bias operand of each layer's call, where both are parameters."""
     parameters = dict(model.named_parameters())
     found: dict[str, tuple[Tensor, Tensor | None]] = {}
-    computed = []
     for layer in layers:
         call = graph.calls[layer.name]
         weight, bias = call.argument(1, "weight"), call.argument(2, "bias")
@@ -103,9 +111,6 @@ def _operands(
         if all(name in parameters for name in names):
             tensors = [parameters[name] for name in names if name is not None]
             found[layer.name] = (tensors[0], tensors[1] if len(tensors) > 1 else None)
-        else:
-            computed.append(layer.name)
-    found.update(_captured(model, inputs, computed))
     return found
 
 
@@ -131,7 +136,7 @@ def _captured(
     captures = {name: _Capture(module, _functions(module)) for name, module in originals.items()}
     replace_modules(model, {originals[name]: captures[name] for name in names})
     try:
-        with torch.no_grad(), random_state_kept(model):
+        with in_own_precision(model), random_state_kept(model):
             inputs.copied().call(model)
     finally:
         replace_modules(model, {captures[name]: originals[name] for name in names})

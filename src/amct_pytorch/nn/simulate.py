@@ -29,7 +29,8 @@ class IntegerOperands:
         inverse_scale: float32 1 / scale_d.
         offset: zero point of the input.
         weight: integer values in the weight's dtype.
-        dequant_scale: float32 scale_w * scale_d, [1] or [out_channels].
+        dequant_scale: float32 factor of the integer sums, [1] or [out_channels].
+        bias_scale: float32 scale_w * scale_d, the unit of the bias, likewise.
         bias: integer values, float64 [out_channels].
     """
 
@@ -38,6 +39,7 @@ class IntegerOperands:
     offset: int
     weight: Tensor
     dequant_scale: Tensor
+    bias_scale: Tensor
     bias: Tensor
 
     @classmethod
@@ -50,14 +52,15 @@ class IntegerOperands:
         weight = IntFormat(factors.weight_bits).quantize(
             layer.weight.detach().float(), layer.per_output(scale_w)
         )
-        dequant_scale = scale_w * scale_d.to(device)
+        bias_scale = torch.from_numpy(factors.bias_scale()).to(device)
         return cls(
             IntFormat(factors.activation_bits),
             float(torch.tensor(1.0) / scale_d),
             factors.offset_d,
             weight,
-            dequant_scale,
-            integer_bias(layer.bias, dequant_scale),
+            torch.from_numpy(factors.dequant_scale()).to(device),
+            bias_scale,
+            integer_bias(layer.bias, bias_scale),
         )
 
     def quantized_input(self, x: Tensor) -> Tensor:
@@ -73,9 +76,9 @@ class IntegerOperands:
         return sums.mul_(layer.per_channel(self.dequant_scale, sums)).to(call.x.dtype)
 
 
-def integer_bias(bias: Tensor, dequant_scale: Tensor) -> Tensor:
+def integer_bias(bias: Tensor, bias_scale: Tensor) -> Tensor:
     """round(bias / (scale_w * scale_d)), half to even, float64."""
-    return torch.round(bias.detach().double() / dequant_scale.double())
+    return torch.round(bias.detach().double() / bias_scale.double())
 
 
 R = TypeVar("R")

@@ -1,9 +1,10 @@
-"""A streaming histogram whose bins never depend on the order in which data came.
+"""A streaming histogram whose state never depends on the order in which data came.
 
 Bins are [i * w, (i + 1) * w) with w a power of two, so zero is always an edge, a product
-with 1/w is exact, and a wider range only ever adds neighbouring bins together. Histograms
-of the same data in other batches, in another order or on several processes and merged are
-equal bit for bit.
+with 1/w is exact, and a wider range only ever adds neighbouring bins together. The bins cover
+all but the few values of largest magnitude, which are kept one by one: an outlier does not
+make them coarse. That range only ever grows with more data. Histograms of the same data in
+other batches, in another order or on several processes and merged are equal bit for bit.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Bins on each side of zero. The largest |x| always falls into the upper half of them, so
-# an 8-bit step spans 32 to 128 bins.
+from amct_pytorch.observers.tails import KEPT, Rows, Tail
+
+# Bins on each side of zero. The KEPT-th largest |x| always falls into the upper half of them,
+# so an 8-bit step over a range that reaches it spans 32 bins or more.
 HALF_BINS = 2**14
 # Values that are binned at a time: the scratch memory stays in the processor's cache.
 CHUNK = 2**18
@@ -25,47 +28,62 @@ SMALLEST_EXPONENT = -100
 
 @dataclass
 class PrefixSums:
-    """Cumulated moments of a histogram, each bin's values taken at its centre.
+    """Cumulated moments of what a histogram holds.
 
     Attributes:
-        width: bin width.
-        moments: float64 [3, 2 * HALF_BINS + 1]; entry [p, i] is the sum of count * x^p over
-            the bins before bin i.
+        points: float64 [n], rising: where values are taken to be. A bin's values are at its
+            centre, those outside the bins are where they are.
+        moments: float64 [3, n + 1]; entry [p, i] is the sum of count * x^p over the points
+            before point i.
     """
 
-    width: float
+    points: Tensor
     moments: Tensor
 
     def index(self, threshold: Tensor) -> Tensor:
-        """How many bins have their centre below each threshold."""
-        position = torch.ceil(threshold / self.width - 0.5) + HALF_BINS
-        return position.clamp(0, 2 * HALF_BINS).to(torch.int64)
+        """How many points are below each threshold."""
+        return torch.searchsorted(self.points, threshold)
 
 
 class Histogram:
     """Counts of one tensor's values over any number of batches.
 
-    Memory: 2 * HALF_BINS int64 (256 KiB), whatever the number of batches.
+    The KEPT largest and the KEPT smallest values are kept as they are. The bins cover
+    [-2^e, 2^e) with e the least for which fewer than KEPT values have a magnitude of 2^e or
+    more; so each value is in a bin or in a tail, or in both.
+
+    Memory: 2 * HALF_BINS int64 (256 KiB) and 2 * KEPT float64 (16 KiB), whatever the number
+    of batches.
 
     Attributes:
-        counts: int64 [2 * HALF_BINS]; entry i counts values in
-            [(i - HALF_BINS) * width, (i - HALF_BINS + 1) * width).
         low: smallest value seen, 0 before any.
         high: largest value seen, 0 before any.
         total: number of values seen.
     """
 
     def __init__(self) -> None:
-        self.counts = torch.zeros(2 * HALF_BINS, dtype=torch.int64)
         self.low = 0.0
         self.high = 0.0
         self.total = 0
+        self._inner = torch.zeros(2 * HALF_BINS, dtype=torch.int64)
         self._exponent = SMALLEST_EXPONENT
+        self._largest = Tail()
+        self._smallest = Tail()  # of the negatives
 
     @property
     def width(self) -> float:
-        """Width of one bin, a power of two."""
-        return math.ldexp(1.0, self._exponent) / HALF_BINS
+        """Width of one bin of `counts`, a power of two."""
+        return _width(_exponent_of(max(-self.low, self.high)))
+
+    @property
+    def counts(self) -> Tensor:
+        """int64 [2 * HALF_BINS], every value seen, in bins that reach the largest |x|.
+
+        Entry i counts values in [(i - HALF_BINS) * width, (i - HALF_BINS + 1) * width).
+        """
+        exponent = _exponent_of(max(-self.low, self.high))
+        inner = _coarsened(self._inner, exponent - self._exponent)
+        return inner + _binned(self._outside(), exponent)
 
     def update(self, x: Tensor) -> None:
         """Counts every value of `x`.
@@ -78,71 +96,148 @@ class Histogram:
         """
         if x.numel() == 0:
             return
-        low, high = (float(end) for end in torch.aminmax(x.detach()))
-        if not (math.isfinite(low) and math.isfinite(high)):
-            raise ValueError("NaN or infinity")
-        self._extend(low, high, x.numel())
-        inverse = 1.0 / self.width
         flat = x.detach().flatten()
+        rows = Rows(flat, short=not self._largest.full)
+        if not (math.isfinite(rows.low) and math.isfinite(rows.high)):
+            raise ValueError("NaN or infinity")
+        self._note(rows.low, rows.high, flat.numel())
+        largest, smallest = self._largest.values, self._smallest.values
+        self._largest.update(rows)
+        self._smallest.update(rows, negated=True)
+        exponent = self._needed_exponent()
+        if exponent > self._exponent:
+            self._widen(exponent, _beyond(largest, smallest, self._exponent))
+        self._inner = self._inner + self._count(flat, rows.low, rows.high)
+
+    def _count(self, flat: Tensor, low: float, high: float) -> Tensor:
+        """Counts of the values that the bins cover; `low` and `high` are the ends of all."""
+        inverse = 1.0 / _width(self._exponent)
+        reaches_out = low * inverse < -HALF_BINS or high * inverse >= HALF_BINS
         # float32 is exact, but for float64 values and where small products would become zero.
-        dtype = torch.float64 if x.dtype == torch.float64 or inverse < 2.0**-20 else torch.float32
-        scratch = torch.empty(min(CHUNK, flat.numel()), dtype=dtype, device=x.device)
+        dtype = torch.float32
+        if flat.dtype == torch.float64 or inverse < 2.0**-20:
+            dtype = torch.float64
+        scratch = torch.empty(min(CHUNK, flat.numel()), dtype=dtype, device=flat.device)
         index = torch.empty_like(scratch, dtype=torch.int32)
-        counts = torch.zeros(2 * HALF_BINS, dtype=torch.int64, device=x.device)
+        # One more bin on each side takes what lies outside.
+        first = -HALF_BINS - 1 if low < 0 else 0
+        counts = torch.zeros(HALF_BINS + 1 - first, dtype=torch.int64, device=flat.device)
         for part in flat.split(CHUNK):
             scaled, bins = scratch[: part.numel()], index[: part.numel()]
-            scaled.copy_(part).mul_(inverse)
+            if part.dtype == dtype:
+                torch.mul(part, inverse, out=scaled)
+            else:
+                scaled.copy_(part).mul_(inverse)
+            if reaches_out:
+                scaled.clamp_(-HALF_BINS - 1, HALF_BINS)
             if low < 0:
                 scaled.floor_()
-            bins.copy_(scaled).add_(HALF_BINS)
-            counts += torch.bincount(bins, minlength=2 * HALF_BINS)
-        self.counts += counts.cpu()
+            bins.copy_(scaled)
+            if low < 0:
+                bins.sub_(first)
+            counts += torch.bincount(bins, minlength=counts.numel())
+        result = torch.zeros_like(self._inner)
+        result[-HALF_BINS:] = counts[-HALF_BINS - 1 : -1]
+        if low < 0:
+            result[:HALF_BINS] = counts[1 : HALF_BINS + 1]
+        return result
 
     def merge(self, other: Histogram) -> None:
         """Adds what `other` counted; the order of merges does not change the result."""
         if other.total == 0:
             return
-        self._extend(other.low, other.high, other.total)
-        self.counts += _coarsened(other.counts, self._exponent - other._exponent)
+        outside = torch.cat([self._outside(), other._outside()])
+        theirs, their_exponent = other._inner, other._exponent
+        self._note(other.low, other.high, other.total)
+        self._largest.add(other._largest.values)
+        self._smallest.add(other._smallest.values)
+        self._widen(self._needed_exponent(), outside)
+        self._inner = self._inner + _coarsened(theirs, self._exponent - their_exponent)
 
-    def _extend(self, low: float, high: float, number: int) -> None:
-        """Takes note of `number` values in [low, high] and widens the bins if need be."""
+    def _note(self, low: float, high: float, number: int) -> None:
+        """Takes note of `number` values in [low, high]."""
         self.low = min(low, self.low) if self.total else low
         self.high = max(high, self.high) if self.total else high
         self.total += number
-        largest = max(-self.low, self.high)
-        # frexp gives |x| = m * 2^e with m < 1, so |x| stays below 2^e. Zeros need no range: one
-        # taken for them would stay, and the bins would depend on what came first.
-        exponent = math.frexp(largest)[1] if largest > 0 else SMALLEST_EXPONENT
-        exponent = max(exponent, SMALLEST_EXPONENT)
-        if exponent > self._exponent:
-            self.counts = _coarsened(self.counts, exponent - self._exponent)
-            self._exponent = exponent
+
+    def _outside(self) -> Tensor:
+        """The values that the bins do not cover, rising: fewer than KEPT, all in the tails."""
+        return _beyond(self._largest.values, self._smallest.values, self._exponent)
+
+    def _needed_exponent(self) -> int:
+        """The e of the class's docstring, from the tails."""
+        largest, smallest = self._largest.values, self._smallest.values
+        limit = _width(self._exponent) * HALF_BINS
+        if int((largest >= limit).sum() + (smallest >= limit).sum()) < KEPT:
+            return self._exponent
+        return _exponent_of(float(torch.cat([largest, smallest]).topk(KEPT).values[-1]))
+
+    def _widen(self, exponent: int, outside: Tensor) -> None:
+        """Widens the bins and takes in what of `outside`, not covered so far, they cover now."""
+        self._inner = _coarsened(self._inner, exponent - self._exponent)
+        self._exponent = exponent
+        self._inner = self._inner + _binned(outside, exponent)
 
     def prefix_sums(self) -> PrefixSums:
         """Cumulated count, sum and sum of squares, for scoring many ranges at once."""
-        centres = (torch.arange(-HALF_BINS, HALF_BINS, dtype=torch.float64) + 0.5) * self.width
-        counts = self.counts.double()
-        rows = torch.stack([counts, counts * centres, counts * centres * centres])
+        centres = torch.arange(-HALF_BINS, HALF_BINS, dtype=torch.float64) + 0.5
+        outside = self._outside()
+        below, above = outside[outside < 0], outside[outside >= 0]
+        points = torch.cat([below, centres * _width(self._exponent), above])
+        counts = torch.cat([torch.ones_like(below), self._inner.double(), torch.ones_like(above)])
+        rows = torch.stack([counts, counts * points, counts * points * points])
         start = torch.zeros(3, 1, dtype=torch.float64)
-        return PrefixSums(self.width, torch.cat([start, rows.cumsum(1)], dim=1))
+        return PrefixSums(points, torch.cat([start, rows.cumsum(1)], dim=1))
 
     def kth_largest(self, k: int) -> float:
-        """The k-th largest value (k from 1), exact for k = 1, else exact to its bin."""
-        if k <= 1:
-            return self.high
-        cumulated = self.counts.flip(0).cumsum(0)
-        from_top = int(torch.searchsorted(cumulated, k))
-        edge = (HALF_BINS - from_top) * self.width
+        """The k-th largest value (k from 1), exact for k <= KEPT, else exact to its bin."""
+        if self.total == 0:
+            return 0.0
+        k = min(max(k, 1), self.total)
+        if k <= KEPT:
+            return float(self._largest.values[k - 1])
+        k -= int((self._outside() >= 0).sum())
+        from_top = int(torch.searchsorted(self._inner.flip(0).cumsum(0), k))
+        edge = (HALF_BINS - from_top) * _width(self._exponent)
         return min(max(edge, self.low), self.high)
 
     def kth_smallest(self, k: int) -> float:
-        """The k-th smallest value (k from 1), exact for k = 1, else exact to its bin."""
-        if k <= 1:
-            return self.low
-        from_bottom = int(torch.searchsorted(self.counts.cumsum(0), k))
-        edge = (from_bottom - HALF_BINS) * self.width
+        """The k-th smallest value (k from 1), exact for k <= KEPT, else exact to its bin."""
+        if self.total == 0:
+            return 0.0
+        k = min(max(k, 1), self.total)
+        if k <= KEPT:
+            return 0.0 - float(self._smallest.values[k - 1])
+        k -= int((self._outside() < 0).sum())
+        from_bottom = int(torch.searchsorted(self._inner.cumsum(0), k))
+        edge = (from_bottom - HALF_BINS) * _width(self._exponent)
         return min(max(edge, self.low), self.high)
+
+
+def _beyond(largest: Tensor, smallest: Tensor, exponent: int) -> Tensor:
+    """The values outside [-2^exponent, 2^exponent) of two tails, rising."""
+    limit = _width(exponent) * HALF_BINS
+    below = smallest[smallest > limit]
+    return torch.cat([-below, largest[largest >= limit].flip(0)])
+
+
+def _exponent_of(magnitude: float) -> int:
+    """The least allowed e with magnitude < 2^e."""
+    # frexp gives x = m * 2^e with m < 1.
+    exponent = math.frexp(magnitude)[1] if magnitude > 0 else SMALLEST_EXPONENT
+    return max(exponent, SMALLEST_EXPONENT)
+
+
+def _width(exponent: int) -> float:
+    """Width of the bins that cover [-2^exponent, 2^exponent)."""
+    return math.ldexp(1.0, exponent - HALF_BINS.bit_length() + 1)
+
+
+def _binned(values: Tensor, exponent: int) -> Tensor:
+    """Counts of those of a few float64 values that are in [-2^exponent, 2^exponent)."""
+    bins = torch.floor(values / _width(exponent)) + HALF_BINS
+    bins = bins[(bins >= 0) & (bins < 2 * HALF_BINS)]
+    return torch.bincount(bins.to(torch.int64), minlength=2 * HALF_BINS)
 
 
 def _coarsened(counts: Tensor, doublings: int) -> Tensor:

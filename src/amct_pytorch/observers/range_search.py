@@ -53,7 +53,7 @@ def squared_errors(
 ) -> Tensor:
     """Summed squared quantization error of every candidate, clipping included.
 
-    With the bins' cumulated moments S0, S1, S2, the bins that round to a level of value v
+    With the cumulated moments S0, S1, S2, the points that round to a level of value v
     contribute S2 - 2 v S1 + v^2 S0, so a candidate costs one look-up per level.
 
     Args:

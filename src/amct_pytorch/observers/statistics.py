@@ -77,6 +77,9 @@ class Agreement:
             same = (a == b) | (torch.isnan(a) & torch.isnan(b))
             if not bool((finite | same).all()):
                 return cls(-math.inf, 0.0)
+            if not bool(finite.any()):
+                # Nothing is left to compare, and nothing good to be said of it.
+                return cls(-math.inf, 0.0)
             a, b = a[finite], b[finite]
         signal, noise = float(a.square().sum()), float((a - b).square().sum())
         if noise == 0:

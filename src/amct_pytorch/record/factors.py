@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
+FORCE_FP16 = "FORCE_FP16_QUANT"
+
 
 @dataclass(frozen=True)
 class LayerFactors:
@@ -33,3 +37,18 @@ class LayerFactors:
     def complete(self) -> bool:
         """Whether the layer can be deployed: weight and input factors are known."""
         return bool(self.scale_w) and self.scale_d is not None
+
+    def bias_scale(self) -> np.ndarray:
+        """scale_w * scale_d, the unit of the integer bias: float32 [1] or [out_channels]."""
+        with np.errstate(over="ignore", under="ignore"):
+            scale = np.asarray(self.scale_w, np.float32) * np.float32(self.scale_d)
+            return np.asarray(scale, np.float32)
+
+    def dequant_scale(self) -> np.ndarray:
+        """What integer sums are multiplied by: `bias_scale`, or under FORCE_FP16_QUANT its
+        float32 bits with the low 13 cleared."""
+        scale = self.bias_scale()
+        if self.fakequant_precision_mode != FORCE_FP16:
+            return scale
+        cleared: np.ndarray = scale.view(np.uint32) & np.uint32(0xFFFFE000)
+        return cleared.view(np.float32)

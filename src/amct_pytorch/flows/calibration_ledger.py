@@ -1,18 +1,15 @@
-"""Writing a flow's results down as a ledger."""
+"""The ledger of a post-training calibration."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from amct_pytorch.config.models import CalibrationConfig
+from amct_pytorch.flows.calibration import CalibrationResult
 from amct_pytorch.graph.layers import SeenLayer
 from amct_pytorch.graph.look import ModelGraph
 from amct_pytorch.report.ledger import LayerEntry, Ledger, decibels
-
-if TYPE_CHECKING:
-    from amct_pytorch.flows.calibration import CalibrationResult
 
 
 def calibration_ledger(
@@ -37,6 +34,18 @@ def calibration_ledger(
         else _left_alone(layer, config, result)
         for layer in graph.layers
     ]
+    entries += [
+        LayerEntry(
+            other.name,
+            other.type,
+            "float",
+            f"{other.type} is not supported in this version",
+            other.parameters,
+        )
+        for other in graph.others
+    ]
+    order = {name: i for i, name in enumerate(graph.module_names)}
+    entries.sort(key=lambda entry: order.get(entry.name, -1))
     rounded = {name: round(value, 4) for name, value in seconds.items()}
     return Ledger("quantize_model", entries, result.output, rounded)
 
