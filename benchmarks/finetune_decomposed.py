@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=60000, help="of Fashion-MNIST to train on")
     parser.add_argument("--width", type=int, default=64, help="of the ResNet")
     parser.add_argument("--steps", type=int, default=200, help="of fine-tuning waifu2x")
-    parser.add_argument("--rate", type=float, default=2e-3, help="of fine-tuning waifu2x")
+    parser.add_argument("--rate", type=float, default=1e-3, help="of fine-tuning waifu2x")
     parser.add_argument("--policy", default="flops", help="rank policy for waifu2x")
     parser.add_argument("--flops-ratio", type=float, default=0.7)
     options = parser.parse_args()
