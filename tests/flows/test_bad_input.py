@@ -163,6 +163,11 @@ def test_cfg_syntax_error_names_line_and_field() -> None:
             ["image", "5", "label"],
         ),
         ({"model": nn.DataParallel(Chain())}, ModelError, ["DataParallel", "model.module"]),
+        (
+            {"model": torch.compile(Chain(), backend="eager")},
+            ModelError,
+            ["OptimizedModule", "model._orig_mod"],
+        ),
     ],
 )
 def test_quantize_model(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,12 +17,6 @@ from amct_pytorch.graph.layers import LAYER_KINDS, LayerKind, SeenLayer
 from amct_pytorch.graph.tensors import ModelInputs
 from amct_pytorch.graph.trace import OpCall, Operand, Trace, trace_forward
 
-# Modules that run another one in a way that hides it, and where they hold it.
-WRAPPERS: dict[type[nn.Module], str] = {
-    nn.DataParallel: "module",
-    nn.parallel.DistributedDataParallel: "module",
-    torch._dynamo.OptimizedModule: "_orig_mod",
-}
 SUPPORTED_DTYPES = (torch.float32,)
 
 
@@ -73,12 +68,11 @@ def check_model(model: object) -> None:
         raise ArgumentTypeError(
             f"model is a {type(model).__name__}; allowed is a torch.nn.Module with its weights"
         )
-    for wrapper, inner in WRAPPERS.items():
-        if isinstance(model, wrapper):
-            raise ModelError(
-                f"model is wrapped in {type(model).__name__}; give the module inside it, "
-                f"model.{inner}"
-            )
+    inner = _wrapped_in(model)
+    if inner is not None:
+        raise ModelError(
+            f"model is wrapped in {type(model).__name__}; give the module inside it, model.{inner}"
+        )
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelError(
             "the model is a scripted or traced module, whose layers cannot be seen; give the "
@@ -90,6 +84,17 @@ def check_model(model: object) -> None:
                 f"{name!r} has no values yet: it belongs to a lazy layer; run it once before, "
                 "with model(*input_data)"
             )
+
+
+def _wrapped_in(model: nn.Module) -> str | None:
+    """Where a wrapper that hides its module holds it; None for any other module."""
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return "module"
+    # Imported by whoever compiled the model; importing it here would take seconds.
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None and isinstance(model, dynamo.OptimizedModule):
+        return "_orig_mod"
+    return None
 
 
 def copy_model(model: nn.Module) -> nn.Module:
