@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +55,8 @@ def instrument(
     layers = [layer for layer in graph.layers if layer.name in wanted]
     operands = _operands(copied, graph, layers)
     computed = [layer.name for layer in layers if layer.name not in operands]
-    operands |= _captured(copy_model(model), inputs, computed)
+    if computed:
+        operands |= _captured(copy_model(model), inputs, computed)
     replacements: dict[nn.Module, nn.Module] = {}
     for layer in layers:
         weight, bias = operands[layer.name]
@@ -126,12 +127,9 @@ class _Capture(Wrapped):
 
 
 def _captured(
-    model: nn.Module, inputs: ModelInputs, names: Iterable[str]
+    model: nn.Module, inputs: ModelInputs, names: Sequence[str]
 ) -> dict[str, tuple[Tensor, Tensor | None]]:
     """The operands that layers compute in their forward (weight standardisation, say)."""
-    names = list(names)
-    if not names:
-        return {}
     originals = {name: model.get_submodule(name) for name in names}
     captures = {name: _Capture(module, _functions(module)) for name, module in originals.items()}
     replace_modules(model, {originals[name]: captures[name] for name in names})
