@@ -38,24 +38,50 @@ def build_deploy(
         RecordError: factors missing, out of range, or of layers the model does not have.
         ExportError: a layer cannot be deployed; the message names it.
     """
-    plain, opset = plain_model(float_model)
-    graph = OnnxGraph(plain)
-    layers = integer_layers(LayerFinder(graph), factors)
-    quantized: dict[tuple[str, bytes, int, str], str] = {}
-    for layer in layers.values():
-        source = str(layer.layer.node.input[0])
-        key = (source, *layer.quantizer)
-        if key not in quantized:
-            quantized[key] = _add_quant(graph, layer)
-        layer.layer.node.input[0] = quantized[key]
-        layer.layer.node.name = layer.layer.name
-        WRITERS[layer.layer.node.op_type](graph, layer)
-        _add_dequant(graph, layer)
-    model = graph.model(opset=opset, ir_version=IR_VERSION)
+    model = rewritten(float_model, factors, _add_quant, _write_layer, _add_dequant)
     for entry in float_model.metadata_props:
         if entry.key == EXTRA_RANGES:
             model.metadata_props.add(key=entry.key, value=entry.value)
     return model
+
+
+def rewritten(
+    float_model: onnx.ModelProto,
+    factors: Mapping[str, LayerFactors],
+    add_quant: Callable[[OnnxGraph, IntegerLayer], str],
+    write_layer: Callable[[OnnxGraph, IntegerLayer], None],
+    add_dequant: Callable[[OnnxGraph, IntegerLayer], None],
+) -> onnx.ModelProto:
+    """A float model with every layer that has factors put on integers.
+
+    Args:
+        float_model: as for `build_deploy`; not changed.
+        factors: as for `build_deploy`.
+        add_quant: adds what quantizes a layer's input and returns the tensor it yields; called
+            once for layers that share a tensor and its factors.
+        write_layer: puts the integers into the layer's node.
+        add_dequant: adds what makes real values of the layer's result.
+
+    Raises:
+        RecordError, ExportError: as for `build_deploy`.
+    """
+    plain, opset = plain_model(float_model)
+    graph = OnnxGraph(plain)
+    quantized: dict[tuple[str, bytes, int, str], str] = {}
+    for layer in integer_layers(LayerFinder(graph), factors).values():
+        node = layer.layer.node
+        key = (str(node.input[0]), *layer.quantizer)
+        if key not in quantized:
+            quantized[key] = add_quant(graph, layer)
+        node.input[0] = quantized[key]
+        node.name = layer.layer.name
+        write_layer(graph, layer)
+        add_dequant(graph, layer)
+    return graph.model(opset=opset, ir_version=IR_VERSION)
+
+
+def _write_layer(graph: OnnxGraph, layer: IntegerLayer) -> None:
+    WRITERS[layer.layer.node.op_type](graph, layer)
 
 
 def split_output(graph: OnnxGraph, layer: IntegerLayer, scaled: str) -> tuple[str, str]:

@@ -8,11 +8,9 @@ from dataclasses import replace
 import numpy as np
 import onnx
 
-from amct_pytorch.export.deploy import WRITERS, split_output
-from amct_pytorch.export.integer_layer import IntegerLayer, integer_layers
-from amct_pytorch.export.layer_nodes import LayerFinder
+from amct_pytorch.export.deploy import WRITERS, rewritten, split_output
+from amct_pytorch.export.integer_layer import IntegerLayer
 from amct_pytorch.export.onnx_graph import OnnxGraph
-from amct_pytorch.export.opset import IR_VERSION, plain_model
 from amct_pytorch.record.factors import LayerFactors
 
 
@@ -38,20 +36,11 @@ def build_fake_quant(
         RecordError: factors missing, out of range, or of layers the model does not have.
         ExportError: a layer cannot be deployed; the message names it.
     """
-    plain, opset = plain_model(float_model)
-    graph = OnnxGraph(plain)
-    layers = integer_layers(LayerFinder(graph), factors)
-    quantized: dict[tuple[str, bytes, int, str], str] = {}
-    for layer in layers.values():
-        source = str(layer.layer.node.input[0])
-        key = (source, *layer.quantizer)
-        if key not in quantized:
-            quantized[key] = _add_quant(graph, layer)
-        layer.layer.node.input[0] = quantized[key]
-        layer.layer.node.name = layer.layer.name
-        WRITERS[layer.layer.node.op_type](graph, _in_float(layer))
-        _add_dequant(graph, layer)
-    return graph.model(opset=opset, ir_version=IR_VERSION)
+    return rewritten(float_model, factors, _add_quant, _write_layer, _add_dequant)
+
+
+def _write_layer(graph: OnnxGraph, layer: IntegerLayer) -> None:
+    WRITERS[layer.layer.node.op_type](graph, _in_float(layer))
 
 
 def _in_float(layer: IntegerLayer) -> IntegerLayer:
