@@ -162,9 +162,9 @@ def test_other_dtypes_quantize_as_float32_does_and_keep_their_dtype(dtype: torch
 def test_storage_holds_every_value(bits: int, storage: int) -> None:
     fmt = IntFormat(bits)
     ends = torch.tensor([fmt.qmin, fmt.qmax])
-    assert ends.to(fmt.storage_dtype).tolist() == [-(2 ** (bits - 1)), 2 ** (bits - 1) - 1]
-    assert fmt.storage_dtype.itemsize == storage
-    assert fmt.name == f"INT{bits}"
+    assert ends.to(fmt.code_dtype).tolist() == [-(2 ** (bits - 1)), 2 ** (bits - 1) - 1]
+    assert fmt.code_dtype.itemsize == storage
+    assert (fmt.name, fmt.record_name) == (f"int{bits}", f"INT{bits}")
 
 
 @pytest.mark.parametrize("bits", [-1, 0, 1, 17])

@@ -117,7 +117,7 @@ def _add_quant(graph: OnnxGraph, layer: IntegerLayer) -> str:
         name=graph.fresh(name),
         scale=float(layer.inverse_scale),
         offset=float(layer.offset),
-        dst_type=layer.activation.name,
+        dst_type=layer.activation.record_name,
     )
     return output
 

@@ -7,17 +7,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from amct_pytorch.formats.base import NumberFormat, to_float32
+
 # Below this a scale cannot be told from zero: the float32 machine epsilon.
 SMALLEST_SCALE = 2.0**-23
 
 
 @dataclass(frozen=True)
-class IntFormat:
+class IntFormat(NumberFormat):
     """A signed two's-complement integer of `bits` bits.
 
-    Rounding is half to even, as in torch and ONNX. All methods work on any device and
-    floating dtype and return integer *values* in the input's dtype; `storage_dtype` is
-    what such values are stored in.
+    Rounding is half to even, as in torch and ONNX; infinity goes to the end of the range. All
+    methods work on any device and floating dtype. Those that take a scale return integer
+    *values* in the input's dtype; `code_dtype` is what such values are stored in.
 
     Attributes:
         bits: 2 to 16.
@@ -31,8 +33,18 @@ class IntFormat:
 
     @property
     def name(self) -> str:
+        """The name that configs use, e.g. ``int8``."""
+        return f"int{self.bits}"
+
+    @property
+    def record_name(self) -> str:
         """The name that records use, e.g. ``INT8``."""
         return f"INT{self.bits}"
+
+    @property
+    def largest(self) -> float:
+        """The largest integer."""
+        return float(self.qmax)
 
     @property
     def qmin(self) -> int:
@@ -45,9 +57,27 @@ class IntFormat:
         return (1 << (self.bits - 1)) - 1
 
     @property
-    def storage_dtype(self) -> torch.dtype:
+    def code_dtype(self) -> torch.dtype:
         """The torch dtype that holds one unpacked value."""
         return torch.int8 if self.bits <= 8 else torch.int16
+
+    def round(self, x: Tensor) -> Tensor:
+        """The nearest integer of the range, half to even, as float32; NaN stays NaN."""
+        return torch.round(to_float32(x)).clamp_(self.qmin, self.qmax)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """``round(x)`` as `code_dtype`; NaN, which integers lack, as 0."""
+        # Casting NaN to an integer is undefined and differs between devices.
+        return self.round(x).nan_to_num_(nan=0.0).to(self.code_dtype)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """`codes` as float32."""
+        return codes.float()
+
+    def unpack(self, packed: Tensor, size: int, axis: int = -1) -> Tensor:
+        """As for every format; nibbles get their sign back."""
+        codes = super().unpack(packed, size, axis)
+        return (codes ^ 8) - 8 if self.bits <= 4 else codes
 
     def factors(self, lo: Tensor, hi: Tensor, *, symmetric: bool) -> tuple[Tensor, Tensor]:
         """Scale and offset that spread the integers over [lo, hi].

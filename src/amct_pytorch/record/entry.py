@@ -12,8 +12,8 @@ from amct_pytorch.errors import shown
 from amct_pytorch.formats.integer import IntFormat
 from amct_pytorch.record.factors import LayerFactors
 
-WEIGHT_TYPES = {IntFormat(bits).name: bits for bits in (8, 7, 6, 4)}
-ACTIVATION_TYPES = {IntFormat(bits).name: bits for bits in (8, 4)}
+WEIGHT_TYPES = {IntFormat(bits).record_name: bits for bits in (8, 7, 6, 4)}
+ACTIVATION_TYPES = {IntFormat(bits).record_name: bits for bits in (8, 4)}
 MODES = ("DEFAULT", "FORCE_FP16_QUANT")
 
 # Told field, value and what is allowed, as one text.
@@ -117,7 +117,7 @@ def fill_entry(value: Any, factors: LayerFactors) -> None:
         value.offset_d = factors.offset_d
     if factors.skip_fusion:
         value.skip_fusion = True
-    value.act_type = IntFormat(factors.activation_bits).name
-    value.wts_type = IntFormat(factors.weight_bits).name
+    value.act_type = IntFormat(factors.activation_bits).record_name
+    value.wts_type = IntFormat(factors.weight_bits).record_name
     if factors.fakequant_precision_mode != "DEFAULT":
         value.fakequant_precision_mode = factors.fakequant_precision_mode
