@@ -7,6 +7,7 @@ from amct_pytorch.formats.base import NumberFormat
 from amct_pytorch.formats.float4 import Float4E2M1
 from amct_pytorch.formats.float8 import Float8E4M3
 from amct_pytorch.formats.granularity import Granularity
+from amct_pytorch.formats.hifloat8 import HiFloat8
 from amct_pytorch.formats.integer import INT8, IntFormat
 from amct_pytorch.formats.microscaling import BLOCK_SIZE, MicroscalingFormat
 from amct_pytorch.formats.quantizer import (
@@ -25,6 +26,7 @@ _ALL: tuple[NumberFormat, ...] = (
     Float4E2M1(),
     MicroscalingFormat(Float8E4M3()),
     MicroscalingFormat(Float4E2M1()),
+    HiFloat8(),
 )
 
 FORMATS: Mapping[str, NumberFormat] = MappingProxyType({fmt.name: fmt for fmt in _ALL})

@@ -9,12 +9,10 @@ from torch import Tensor
 
 from amct_pytorch.formats.base import to_float32
 from amct_pytorch.formats.floating import FloatFormat
+from amct_pytorch.formats.lookup import LookupTable
 
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-# The code of a magnitude by its number of halves.
-_CODE_BY_HALVES = tuple(
-    MAGNITUDES.index(halves / 2) if halves / 2 in MAGNITUDES else 0 for halves in range(13)
-)
+_VALUES = LookupTable(torch.tensor([*MAGNITUDES, *(-m for m in MAGNITUDES)], device="cpu"))
 
 
 @dataclass(frozen=True)
@@ -41,10 +39,13 @@ class Float4E2M1(FloatFormat):
     def encode(self, x: Tensor) -> Tensor:
         """``round(x)`` as uint8, 0 to 15; NaN as 0."""
         values = self.round(x).nan_to_num_(nan=0.0)
-        table = torch.tensor(_CODE_BY_HALVES, dtype=torch.uint8, device=x.device)
-        return table[values.abs().mul_(2).int()] | (values.signbit().to(torch.uint8) << 3)
+        magnitude = values.abs()
+        # Codes count halves up to 2, ones from there to 4, twos above.
+        index = magnitude.clamp(max=2) * 2
+        index += magnitude.clamp(2, 4) - 2
+        index += (magnitude.clamp(min=4) - 4) / 2
+        return index.to(torch.uint8) | (values.signbit().to(torch.uint8) << 3)
 
     def decode(self, codes: Tensor) -> Tensor:
         """The numbers (float32) of codes 0 to 15."""
-        signed = (*MAGNITUDES, *(-m for m in MAGNITUDES))
-        return torch.tensor(signed, device=codes.device)[codes.int()]
+        return _VALUES[codes]

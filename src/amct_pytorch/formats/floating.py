@@ -14,10 +14,15 @@ SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 class FloatFormat(NumberFormat):
     """A floating-point format: symmetric about zero, scaled by a positive number."""
 
-    def factors(self, lo: Tensor, hi: Tensor, *, symmetric: bool = True) -> tuple[Tensor, Tensor]:
-        """The scale that takes the larger magnitude of the range to `largest`, and zeros.
+    @property
+    def reach(self) -> float:
+        """The number that scales take the largest magnitude of a tensor to."""
+        return self.largest
 
-        s = max(|lo|, |hi|) / largest; where that is below the smallest normal float32, s = 1.
+    def factors(self, lo: Tensor, hi: Tensor, *, symmetric: bool = True) -> tuple[Tensor, Tensor]:
+        """The scale that takes the larger magnitude of the range to `reach`, and zeros.
+
+        s = max(|lo|, |hi|) / reach; where that is below the smallest normal float32, s = 1.
 
         Raises:
             ArgumentValueError: if not `symmetric`: floating-point formats have no offset.
@@ -29,5 +34,5 @@ class FloatFormat(NumberFormat):
 
     def scale_for(self, magnitude: Tensor) -> Tensor:
         """The scale for values of up to `magnitude` (not negative, any shape)."""
-        scale = magnitude / self.largest
+        scale = magnitude / self.reach
         return torch.where(scale < SMALLEST_NORMAL, torch.ones_like(scale), scale)
