@@ -17,6 +17,7 @@ import amct_pytorch as amct
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 DECOMPOSITION_GUIDE = ROOT / "docs" / "decomposition.md"
+FORMATS_GUIDE = ROOT / "docs" / "formats.md"
 PTQ_GUIDE = ROOT / "docs" / "ptq.md"
 
 
@@ -84,3 +85,16 @@ def test_the_script_of_the_decomposition_guide_runs_and_its_options_exist(tmp_pa
     cells = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
     named = {name for cell in cells for name in re.findall(r"(\w+)(?:=|`)", cell)}
     assert set(parameters) - {"model", "decompose_info_path"} <= named
+
+
+def test_the_script_of_the_formats_guide_runs_and_its_table_names_every_format():
+    text = FORMATS_GUIDE.read_text()
+    script = re.search(r"```python\n(.*?)```", text, re.DOTALL)
+    assert script is not None
+    names: dict[str, object] = {}
+    exec(compile(script.group(1), str(FORMATS_GUIDE), "exec"), names)
+    assert names["packed"].shape == (64, 128)
+    half_step = names["params"].scale.max() / 2
+    # At the ends up to half a step more: the offset is rounded too.
+    assert (names["restored"] - names["weight"]).abs().max() <= 2 * half_step
+    assert re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE) == 2 * list(names["FORMATS"])

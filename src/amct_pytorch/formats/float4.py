@@ -12,7 +12,24 @@ from amct_pytorch.formats.floating import FloatFormat
 from amct_pytorch.formats.lookup import LookupTable
 
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_VALUES = LookupTable(torch.tensor([*MAGNITUDES, *(-m for m in MAGNITUDES)], device="cpu"))
+# Sign, exponent and first mantissa bit of float32: what tells the format's numbers apart.
+_TELLING_BITS = 10
+
+
+def _telling_bits(values: Tensor) -> Tensor:
+    return (values.view(torch.int32) >> (32 - _TELLING_BITS)) & ((1 << _TELLING_BITS) - 1)
+
+
+def _codes_by_telling_bits(values: Tensor) -> Tensor:
+    """The index (uint8) of each of `values` by its telling bits; 0 elsewhere, so for NaN too."""
+    codes = torch.zeros(1 << _TELLING_BITS, dtype=torch.uint8, device="cpu")
+    codes[_telling_bits(values)] = torch.arange(16, dtype=torch.uint8, device="cpu")
+    return codes
+
+
+_NUMBERS = torch.tensor([*MAGNITUDES, *(-m for m in MAGNITUDES)], device="cpu")
+_VALUES = LookupTable(_NUMBERS)
+_CODES = LookupTable(_codes_by_telling_bits(_NUMBERS))
 
 
 @dataclass(frozen=True)
@@ -38,13 +55,7 @@ class Float4E2M1(FloatFormat):
 
     def encode(self, x: Tensor) -> Tensor:
         """``round(x)`` as uint8, 0 to 15; NaN as 0."""
-        values = self.round(x).nan_to_num_(nan=0.0)
-        magnitude = values.abs()
-        # Codes count halves up to 2, ones from there to 4, twos above.
-        index = magnitude.clamp(max=2) * 2
-        index += magnitude.clamp(2, 4) - 2
-        index += (magnitude.clamp(min=4) - 4) / 2
-        return index.to(torch.uint8) | (values.signbit().to(torch.uint8) << 3)
+        return _CODES[_telling_bits(self.round(x))]
 
     def decode(self, codes: Tensor) -> Tensor:
         """The numbers (float32) of codes 0 to 15."""
