@@ -21,7 +21,7 @@ export OMP_WAIT_POLICY := PASSIVE
 PY_DIRS := $(wildcard src tests examples benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help env test lint format types proto demo bench bench-peers bench-table \
+.PHONY: help env test fuzz lint format types proto demo bench bench-peers bench-table \
   bench-decomposition bench-finetune clean distclean
 .DELETE_ON_ERROR:
 
@@ -29,6 +29,7 @@ help:
 	@echo "make demo         quantize EfficientNet-Lite0 and compare with float; files go to outputs/"
 	@echo "make test         ruff, mypy and pytest"
 	@echo "make lint         ruff and mypy only"
+	@echo "make fuzz         20,000 spoiled files, and the flow killed at every moment (30 min)"
 	@echo "make format       let ruff format and fix what it can"
 	@echo "make proto        regenerate the protobuf modules from src/amct_pytorch/proto/*.proto"
 	@echo "make bench-peers  environments for the peers, under .bench/ (several GB of downloads)"
@@ -68,6 +69,13 @@ lint: env types
 
 types: env
 	$(BIN)/mypy
+
+# FUZZ: spoiled files for each of the six calls that read one.
+FUZZ ?= 3400
+fuzz: env
+	$(BIN)/python tests/robustness/fuzz.py $(FUZZ)
+	rm -rf fuzz-failures/killed && mkdir -p fuzz-failures/killed
+	cd fuzz-failures/killed && $(abspath $(BIN))/python $(abspath tests/robustness/killed_flow.py)
 
 format: env
 	$(BIN)/ruff check --fix $(PY_DIRS)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
 import stat
-import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from amct_pytorch.errors import (
@@ -19,6 +20,7 @@ from amct_pytorch.errors import (
     FileMissingError,
     shown,
 )
+from amct_pytorch.temporary import TemporaryFile
 
 PathLike = str | os.PathLike[str]
 
@@ -98,8 +100,116 @@ def _obstacle(target: Path) -> str | None:
     return None
 
 
-def _temporary_name() -> str:
-    return f".amct-{uuid.uuid4().hex}.tmp"
+class WholeFiles:
+    """Files that take their places together, each whole, or not at all.
+
+    The content of each goes to a temporary file in its folder and reaches the disk. Only when
+    the block ends well do all take their final names, one step a file; on any failure before
+    that the temporary files are removed and existing files stay as they were. Parent folders
+    are created. A link is followed.
+
+    A process killed in between leaves temporary files (``.amct-*.tmp``); the next write of the
+    same file removes them.
+
+    Example::
+
+        with WholeFiles() as files:
+            files.write("model.onnx", data)
+            files.write("record.txt", text)
+    """
+
+    def __init__(self) -> None:
+        self._staged: list[_Staged] = []
+        self._retired: list[Path] = []
+
+    def __enter__(self) -> WholeFiles:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._commit()
+        finally:
+            for staged in self._staged:
+                staged.temporary.discard()
+
+    def write(
+        self,
+        path: PathLike,
+        content: bytes | Callable[[Path], object],
+        *,
+        what: str = "path",
+        announce: bool = True,
+    ) -> int:
+        """Write a file under its temporary name.
+
+        Args:
+            path: the file to write.
+            content: its bytes, or a function that is given a path and writes the file there.
+            what: the argument's name, for messages.
+            announce: whether to log a warning that names an existing file when it is
+                overwritten; flows that rewrite their own file pass False.
+
+        Returns:
+            The size in bytes.
+
+        Raises:
+            ArgumentTypeError: see `as_path`.
+            ArgumentValueError: see `as_path`.
+            FileAccessError: see `check_writable`, or the disk refuses (full, …).
+        """
+        checked = check_writable(path, what)
+        target = Path(os.path.realpath(checked))
+        with _told(what, checked):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = TemporaryFile.claim(target)
+            self._staged.append(_Staged(temporary, target, checked, what, announce))
+            size = temporary.fill(content)
+            if target.exists():
+                shutil.copymode(target, temporary.path)
+        return size
+
+    def retire(self, path: PathLike) -> None:
+        """Have a file removed just before the new ones take their places.
+
+        For a file that would be wrong beside some of them, an ONNX model beside another's
+        tensors: better none for a moment than a wrong one for good.
+        """
+        self._retired.append(Path(os.path.realpath(path)))
+
+    def _commit(self) -> None:
+        existed = [staged.target.exists() for staged in self._staged]
+        for path in self._retired:
+            with _told("path", path):
+                path.unlink(missing_ok=True)
+        for staged, before in zip(self._staged, existed, strict=True):
+            with _told(staged.what, staged.shown):
+                staged.temporary.path.replace(staged.target)
+            if before and staged.announce:
+                logger.warning("overwrote the existing file %s", staged.shown)
+
+
+@dataclass(frozen=True)
+class _Staged:
+    """A file that waits under its temporary name."""
+
+    temporary: TemporaryFile
+    target: Path
+    shown: Path
+    what: str
+    announce: bool
+
+
+@contextlib.contextmanager
+def _told(what: str, path: Path) -> Iterator[None]:
+    """Turns the system's errors into one that names the argument and the file."""
+    try:
+        yield
+    except AmctError:
+        raise
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise FileAccessError(f"{what}: cannot write {str(path)!r}: {reason}") from error
 
 
 def write_whole(
@@ -109,54 +219,19 @@ def write_whole(
     what: str = "path",
     announce: bool = True,
 ) -> None:
-    """Write a file whole or not at all, over an existing one if need be.
-
-    The content goes to a temporary file in the same folder, reaches the disk, and takes the
-    final name in one step. Parent folders are created. A link is followed. On any failure
-    the temporary file is removed and an existing file stays as it was.
+    """Write one file whole or not at all, over an existing one if need be.
 
     Args:
-        path: the file to write.
-        content: its bytes, or a function that is given a path and writes the file there.
-        what: the argument's name, for messages.
-        announce: whether to log a warning that names an existing file before it is
-            overwritten; flows that rewrite their own file pass False.
+        path: see `WholeFiles.write`, like the other arguments.
+        content: see there.
+        what: see there.
+        announce: see there.
 
     Raises:
-        ArgumentTypeError: see `as_path`.
-        ArgumentValueError: see `as_path`.
-        FileAccessError: see `check_writable`, or the disk refuses (full, …).
+        ArgumentTypeError, ArgumentValueError, FileAccessError: see there.
     """
-    checked = check_writable(path, what)
-    target = Path(os.path.realpath(checked))
-    temporary = target.parent / _temporary_name()
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _write(temporary, content)
-        existed = target.exists()
-        if existed:
-            shutil.copymode(target, temporary)
-        temporary.replace(target)
-        if existed and announce:
-            logger.warning("overwrote the existing file %s", checked)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, AmctError):
-            raise
-        reason = error.strerror or str(error)
-        raise FileAccessError(f"{what}: cannot write {str(checked)!r}: {reason}") from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _write(temporary: Path, content: bytes | Callable[[Path], object]) -> None:
-    if callable(content):
-        content(temporary)
-    else:
-        temporary.write_bytes(content)
-    with temporary.open("rb+") as file:
-        os.fsync(file.fileno())
+    with WholeFiles() as files:
+        files.write(path, content, what=what, announce=announce)
 
 
 def read_text(path: PathLike, what: str, *, error: type[AmctError] = ConfigError) -> str:

@@ -12,6 +12,7 @@ from amct_pytorch.errors import ExportError, FileAccessError, FileMissingError
 from amct_pytorch.export.deploy import build_deploy
 from amct_pytorch.export.fake_quant import build_fake_quant
 from amct_pytorch.export.layer_nodes import LayerFinder, layer_names, layer_of, tag_layer
+from amct_pytorch.files import WholeFiles
 from amct_pytorch.export.onnx_file import load_onnx, save_onnx
 from amct_pytorch.export.onnx_graph import OnnxGraph, attribute, set_attribute, topological_order
 from amct_pytorch.export.opset import plain_model
@@ -198,16 +199,14 @@ def test_external_data_one_file_a_tensor(tmp_path):
 
 
 def test_nothing_is_left_when_writing_fails(tmp_path, monkeypatch):
-    from amct_pytorch.export import onnx_file
+    write = WholeFiles.write
 
-    write_whole = onnx_file.write_whole
-
-    def full_disk(path, data, **options):
+    def full_disk(self, path, data, **options):
         if str(path).endswith("model.onnx"):
             raise FileAccessError("no space left on device")
-        write_whole(path, data, **options)
+        return write(self, path, data, **options)
 
-    monkeypatch.setattr(onnx_file, "write_whole", full_disk)
+    monkeypatch.setattr(WholeFiles, "write", full_disk)
     with pytest.raises(FileAccessError, match="no space"):
         save_onnx(big_model(), tmp_path / "model.onnx", largest_file=1000)
     assert list(tmp_path.iterdir()) == []

@@ -9,6 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from amct_pytorch.formats import INT8, IntFormat
+from amct_pytorch.observers import range_search
 from amct_pytorch.observers.histogram import HALF_BINS, Histogram
 from amct_pytorch.observers.range_search import (
     SearchSettings,
@@ -255,10 +256,53 @@ def test_nothing_but_zeros_gives_the_scale_of_an_empty_range() -> None:
 )
 def test_multiples_span_the_search_range(start: float, width: float, steps: int) -> None:
     step = width / steps
-    grid = SearchSettings(search_range=(start, start + width), search_step=step).multiples()
-    assert float(grid[0]) == start
-    assert len(grid) == steps + 1
-    assert float(grid[-1]) == pytest.approx(start + width, rel=1e-9)
+    search = SearchSettings(search_range=(start, start + width), search_step=step)
+    assert search.count() == steps + 1
+    first, last = search.multiple(torch.tensor([0.0, steps], dtype=torch.float64)).tolist()
+    assert first == start
+    assert last == pytest.approx(start + width, rel=1e-9)
+
+
+def mean_squared_error(histogram: Histogram, scale: float, offset: int) -> float:
+    found = squared_errors(
+        histogram.prefix_sums(), INT8, torch.tensor([scale]), torch.tensor([offset])
+    )
+    return float(found)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("kind", ["gaussian", "relu", "heavy", "few"])
+def test_a_fine_step_is_searched_from_coarse_to_fine(kind: str, symmetric: bool) -> None:
+    """Against every multiple of the same step, scored one by one over a few thousand of them."""
+    histogram = histogram_of(draw_values(kind, 5000, 1.0, 3))
+    low, high = starting_points(histogram, SearchSettings())
+    multiples = 0.7 + 0.6 / 5000 * torch.arange(5001, dtype=torch.float64)
+    lows = multiples * low if symmetric else torch.full_like(multiples, low)
+    factors = INT8.factors(lows.float(), (multiples * high).float(), symmetric=symmetric)
+    every = squared_errors(histogram.prefix_sums(), INT8, *factors)
+    settings = SearchSettings(search_step=0.6 / 5000)
+    found = mean_squared_error(histogram, *search_range(histogram, settings, INT8, symmetric=symmetric))
+    # It need not be the very best of all, but is never worse than every fifth of them alone.
+    assert found <= float(every[::5].min()) * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("step", [1e-6, 1e-12, 5e-324])
+def test_any_step_takes_a_bounded_number_of_candidates(
+    step: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored = []
+
+    def counting(sums, number_format, scale, offset):  # type: ignore[no-untyped-def]
+        scored.append(len(scale))
+        return squared_errors(sums, number_format, scale, offset)
+
+    monkeypatch.setattr(range_search, "squared_errors", counting)
+    histogram = histogram_of(draw_values("gaussian", 5000, 1.0, 3))
+    coarse = search_range(histogram, SearchSettings(), INT8, symmetric=False)
+    scored.clear()
+    fine = search_range(histogram, SearchSettings(search_step=step), INT8, symmetric=False)
+    assert sum(scored) < 20_000
+    assert mean_squared_error(histogram, *fine) <= mean_squared_error(histogram, *coarse)
 
 
 def test_scale_is_a_float32_value() -> None:

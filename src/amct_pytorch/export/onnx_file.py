@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import onnx
 from onnx import TensorProto, checker, external_data_helper, numpy_helper
 
 from amct_pytorch.errors import ExportError, FileAccessError, FileMissingError
-from amct_pytorch.files import PathLike, as_path, check_writable, write_whole
+from amct_pytorch.export.onnx_check import check_graph
+from amct_pytorch.files import PathLike, WholeFiles, as_path, check_writable
 
 # Protobuf cannot hold 2 GiB in one message. This counts tensors; names and nodes come on top.
 LARGEST_FILE = (1 << 31) - (1 << 24)
@@ -32,9 +34,9 @@ def load_onnx(path: PathLike, what: str = "path") -> onnx.ModelProto:
         ExportError: it is no ONNX model, or a damaged one.
     """
     file = as_path(path, what)
-    if not file.exists():
+    if not os.path.lexists(file):  # no error for a name too long
         raise FileMissingError(f"{what}: there is no file {str(file)!r}")
-    if not file.is_file():
+    if not os.path.isfile(file):  # noqa: PTH113 (the same)
         raise FileAccessError(f"{what}: {str(file)!r} is a folder; an ONNX file is needed")
     try:
         model = onnx.load(str(file), load_external_data=False)
@@ -48,10 +50,11 @@ def load_onnx(path: PathLike, what: str = "path") -> onnx.ModelProto:
         )
     try:
         external_data_helper.load_external_data_for_model(model, str(file.parent))
-    except (OSError, ValueError, checker.ValidationError) as error:
+    except (OSError, ValueError, OverflowError, checker.ValidationError) as error:
         raise FileMissingError(
             f"{what}: ONNX file {str(file)!r}: its external data cannot be read: {error}"
         ) from error
+    check_graph(model, f"{what}: {str(file)!r}")
     return model
 
 
@@ -63,12 +66,14 @@ def save_onnx(
     announce: bool = True,
     external_suffix: str = ".external",
     largest_file: int = LARGEST_FILE,
-) -> None:
+    files: WholeFiles | None = None,
+) -> int:
     """Write a model whole or not at all; parent folders are made, an old file is replaced.
 
     A model whose tensors have `largest_file` bytes or more goes with one external data file per
     tensor beside it, named after the tensor with `external_suffix`. A replaced model file
-    is named in the log.
+    is named in the log. While tensors beside it are exchanged there is no model file, so none
+    ever reads another's tensors.
 
     Args:
         model: the model; not changed.
@@ -77,27 +82,38 @@ def save_onnx(
         announce: whether a replaced file is named in the log.
         external_suffix: ``_deploy.external``, ``_fakequant.external``, or empty.
         largest_file: bytes from which on the model is split; below 2 GiB for tests.
+        files: others that take their places together with this one; None: it goes alone.
+
+    Returns:
+        The model file's size in bytes.
 
     Raises:
         ArgumentTypeError, ArgumentValueError: `path` is no path of a file.
         FileAccessError: a folder cannot be made or a file cannot be written; no new file is
             left then.
     """
+    if files is None:
+        with WholeFiles() as files:
+            return save_onnx(
+                model,
+                path,
+                what=what,
+                announce=announce,
+                external_suffix=external_suffix,
+                largest_file=largest_file,
+                files=files,
+            )
     file = check_writable(path, what)
     parts: dict[str, TensorProto] = {}
     if sum(_stored_bytes(tensor) for tensor in model.graph.initializer) >= largest_file:
         model, parts = _split(model, external_suffix, file)
     for name in parts:
         check_writable(file.parent / name, what)
-    new = [file.parent / name for name in parts if not (file.parent / name).exists()]
-    try:
-        for name, tensor in parts.items():
-            write_whole(file.parent / name, _raw_data(tensor), what=what, announce=False)
-        write_whole(file, model.SerializeToString(), what=what, announce=announce)
-    except BaseException:
-        for part in new:
-            part.unlink(missing_ok=True)
-        raise
+    for name, tensor in parts.items():
+        files.write(file.parent / name, _raw_data(tensor), what=what, announce=False)
+    if parts:
+        files.retire(file)
+    return files.write(file, model.SerializeToString(), what=what, announce=announce)
 
 
 def _split(

@@ -17,7 +17,7 @@ from amct_pytorch.decomposition.modules import build_pieces, put_in_place
 from amct_pytorch.decomposition.policy import RankPolicy, check_share
 from amct_pytorch.decomposition.solve import solve_layer
 from amct_pytorch.errors import ArgumentTypeError
-from amct_pytorch.files import PathLike, check_writable, write_whole
+from amct_pytorch.files import PathLike, WholeFiles, check_writable
 from amct_pytorch.flows.arguments import public_call
 from amct_pytorch.graph.look import check_model
 from amct_pytorch.graph.tensors import ModelInputs, random_state_kept
@@ -248,14 +248,16 @@ def _writable(info_path: PathLike | None) -> Path | None:
 
 
 def _write(info_path: Path, info: str | None, ledger: DecompositionLedger) -> None:
-    if info is not None:
-        write_whole(info_path, info.encode(), what="decompose_info_path")
-    elif info_path.exists():
-        logger.warning(
-            "%s is from an earlier run and was left as it is: it does not describe this model",
-            info_path,
-        )
-    write_whole(ledger_beside(info_path), ledger.to_json().encode(), what="decompose_info_path")
+    what = "decompose_info_path"
+    with WholeFiles() as files:
+        if info is not None:
+            files.write(info_path, info.encode(), what=what)
+        elif info_path.exists():
+            logger.warning(
+                "%s is from an earlier run and was left as it is: it does not describe this model",
+                info_path,
+            )
+        files.write(ledger_beside(info_path), ledger.to_json().encode(), what=what)
 
 
 def _why_nothing(ledger: DecompositionLedger) -> str:

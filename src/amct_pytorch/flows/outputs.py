@@ -35,6 +35,6 @@ def output_path(save_path: PathLike, which: str) -> Path:
         )
     if not text or "\0" in text:
         raise ArgumentValueError(f"save_path is {text!r}; it must be a folder and a prefix")
-    if text.endswith(("/", os.sep)) or Path(text).is_dir():
+    if text.endswith(("/", os.sep)) or os.path.isdir(text):  # noqa: PTH112 (False for a name too long)
         return Path(text) / FILE_NAMES[which]
     return Path(f"{text}_{FILE_NAMES[which]}")

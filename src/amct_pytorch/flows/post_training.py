@@ -18,7 +18,7 @@ from amct_pytorch.config.cfg_file import parse_calibration_cfg
 from amct_pytorch.config.defaults import default_calibration_config
 from amct_pytorch.config.models import CalibrationConfig
 from amct_pytorch.errors import ConfigError, ModelError, RecordError
-from amct_pytorch.files import PathLike, check_distinct, check_writable, write_whole
+from amct_pytorch.files import PathLike, WholeFiles, check_distinct, check_writable, write_whole
 from amct_pytorch.flows.arguments import public_call
 from amct_pytorch.flows.calibration import Calibration, CalibrationResult
 from amct_pytorch.flows.calibration_ledger import calibration_ledger
@@ -179,15 +179,19 @@ def quantize_model(
             LEDGER_KEY: ledger.to_json(),
             EXTRA_RANGES: json.dumps(output_ranges(result.statistics)),
         }
-        _complete_onnx(onnx_path, biases, metadata)
-        write_record(record_path, RecordFile(factors=dict(result.factors)), announce=False)
+        record = RecordFile(factors=dict(result.factors))
+        with WholeFiles() as files:
+            _complete_onnx(onnx_path, biases, metadata, files)
+            write_record(record_path, record, announce=False, files=files)
         logger.info("calibration files written in %.2f s", time.perf_counter() - started)
         _warn_if_poor(ledger)
 
     with_outputs = layers_read_in_float(graph, names, fused)
     calibration = Calibration(instrumented, config, with_outputs, finished)
-    save_onnx(float_model, onnx_path, what="modfied_onnx_file")
-    write_record(record_path, RecordFile(factors=calibration.initial_factors()))
+    # The ONNX model first: one that is not completed goes with no record.
+    with WholeFiles() as files:
+        save_onnx(float_model, onnx_path, what="modfied_onnx_file", files=files)
+        write_record(record_path, RecordFile(factors=calibration.initial_factors()), files=files)
     return instrumented
 
 
@@ -232,20 +236,26 @@ def save_model(modfied_onnx_file: PathLike, record_file: PathLike, save_path: Pa
                 "its sums can exceed 2^24, where the fake-quant model's float32 is not exact"
             )
     start_logging(to_file=True)
-    save_onnx(
-        fake_quant,
-        targets["fake_quant"],
-        what="save_path",
-        external_suffix="_fakequant.external",
-    )
-    save_onnx(deploy, targets["deploy"], what="save_path", external_suffix="_deploy.external")
-    ledger.bytes = {
-        "float": Path(modfied_onnx_file).stat().st_size,
-        "fake-quant": targets["fake_quant"].stat().st_size,
-        "deploy": targets["deploy"].stat().st_size,
-    }
-    ledger.seconds["save"] = time.perf_counter() - started
-    write_whole(targets["ledger"], ledger.to_json(indent=4).encode(), what="save_path")
+    with WholeFiles() as files:
+        ledger.bytes = {
+            "float": Path(modfied_onnx_file).stat().st_size,
+            "fake-quant": save_onnx(
+                fake_quant,
+                targets["fake_quant"],
+                what="save_path",
+                external_suffix="_fakequant.external",
+                files=files,
+            ),
+            "deploy": save_onnx(
+                deploy,
+                targets["deploy"],
+                what="save_path",
+                external_suffix="_deploy.external",
+                files=files,
+            ),
+        }
+        ledger.seconds["save"] = time.perf_counter() - started
+        files.write(targets["ledger"], ledger.to_json(indent=4).encode(), what="save_path")
     print(ledger_table(ledger))
     _warn_if_poor(ledger)
 
@@ -278,7 +288,9 @@ def _nothing_to_quantize(graph: ModelGraph) -> str:
     return f"no layer of the model can be quantized; {reasons}"
 
 
-def _complete_onnx(path: Path, biases: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def _complete_onnx(
+    path: Path, biases: Mapping[str, Tensor], metadata: Mapping[str, str], files: WholeFiles
+) -> None:
     """Rewrites the modified ONNX with its final biases and the calibration's metadata."""
     from amct_pytorch.export.calibrated import complete
     from amct_pytorch.export.onnx_file import load_onnx, save_onnx
@@ -286,7 +298,7 @@ def _complete_onnx(path: Path, biases: Mapping[str, Tensor], metadata: Mapping[s
     model = load_onnx(path, "modfied_onnx_file")
     arrays = {name: bias.detach().float().cpu().numpy() for name, bias in biases.items()}
     complete(model, arrays, metadata)
-    save_onnx(model, path, what="modfied_onnx_file", announce=False)
+    save_onnx(model, path, what="modfied_onnx_file", announce=False, files=files)
 
 
 def _stored_ledger(model: onnx.ModelProto, record: RecordFile) -> Ledger:

@@ -11,6 +11,12 @@ from torch import Tensor
 from amct_pytorch.formats import IntFormat
 from amct_pytorch.observers.histogram import Histogram, PrefixSums
 
+# Multiples scored at a time. All of them where there are no more; else every so many-th, then
+# those around the best in ever smaller steps: never worse than this many over the whole range.
+AT_ONCE = 1024
+# Steps that a range is parted into at most; float32 scales do not tell more of them apart.
+FINEST = 1 << 30
+
 
 @dataclass(frozen=True)
 class SearchSettings:
@@ -28,11 +34,20 @@ class SearchSettings:
     search_range: tuple[float, float] = (0.7, 1.3)
     search_step: float = 0.01
 
-    def multiples(self) -> Tensor:
-        """The multiples that are tried, float64."""
+    def count(self) -> int:
+        """How many multiples there are; a step beyond float64's resolution counts as that."""
         start, end = self.search_range
-        number = math.floor((end - start) / self.search_step + 1e-9) + 1
-        return start + self.search_step * torch.arange(number, dtype=torch.float64)
+        steps = min((end - start) / self.search_step, float(FINEST))
+        return math.floor(steps + 1e-9) + 1
+
+    def multiple(self, index: Tensor) -> Tensor:
+        """The multiples of these numbers, float64."""
+        step = max(self.search_step, (self.search_range[1] - self.search_range[0]) / FINEST)
+        return self.search_range[0] + step * index
+
+
+# Squared error, lower end, upper end, scale, offset, and the number of the multiple.
+_Found = tuple[float, float, float, float, int, int]
 
 
 def starting_points(histogram: Histogram, settings: SearchSettings) -> tuple[float, float]:
@@ -95,21 +110,38 @@ def search_range(
     """
     low, high = starting_points(histogram, settings)
     sums = histogram.prefix_sums()
-    multiples = settings.multiples()
 
-    def best(lows: Tensor, highs: Tensor) -> tuple[float, float, float, float, int]:
-        lows, highs = torch.broadcast_tensors(lows, highs)
+    def score(index: Tensor, low: float, high: float, moves: tuple[bool, bool]) -> _Found:
+        multiples = settings.multiple(index)
+        fixed = torch.ones_like(multiples)
+        lows = low * (multiples if moves[0] else fixed)
+        highs = high * (multiples if moves[1] else fixed)
         scale, offset = number_format.factors(lows.float(), highs.float(), symmetric=symmetric)
         errors = squared_errors(sums, number_format, scale, offset)
         i = int(errors.argmin())
-        return float(errors[i]), float(lows[i]), float(highs[i]), float(scale[i]), int(offset[i])
+        found = (errors[i], lows[i], highs[i], scale[i], offset[i], index[i])
+        error, *ends, best_scale, best_offset, at = (value.item() for value in found)
+        return error, ends[0], ends[1], best_scale, int(best_offset), int(at)
+
+    def best(low: float, high: float, moves: tuple[bool, bool]) -> _Found:
+        last = settings.count() - 1
+        stride = -(-(last + 1) // AT_ONCE)
+        index = torch.arange(0, last + 1, stride, dtype=torch.float64)
+        found = [score(index, low, high, moves)]
+        while stride > 1:
+            at, reach = min(found)[-1], stride
+            stride = -(-2 * reach // AT_ONCE)
+            first = max(at - reach, 0)
+            index = torch.arange(first, min(at + reach, last) + 1, stride, dtype=torch.float64)
+            found.append(score(index, low, high, moves))
+        return min(found)
 
     if symmetric:
-        *_, scale, offset = best(multiples * low, multiples * high)
+        *_, scale, offset, _ = best(low, high, (True, True))
         return scale, offset
-    found = [best(torch.tensor(low).double(), multiples * high)]
+    found = [best(low, high, (False, True))]
     if low < 0:
-        found.append(best(multiples * low, torch.tensor(found[-1][2]).double()))
-        found.append(best(torch.tensor(found[-1][1]).double(), multiples * high))
-    *_, scale, offset = min(found)
+        found.append(best(low, found[-1][2], (True, False)))
+        found.append(best(found[-1][1], high, (False, True)))
+    *_, scale, offset, _ = min(found)
     return scale, offset

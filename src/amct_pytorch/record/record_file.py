@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from amct_pytorch.errors import ProblemList, RecordError, did_you_mean, shown
-from amct_pytorch.files import PathLike, read_text, write_whole
+from amct_pytorch.files import PathLike, WholeFiles, read_text
 from amct_pytorch.proto import ScaleOffsetRecord
 from amct_pytorch.proto.text import parse_text, print_text
 from amct_pytorch.record.entry import check_factors, factors_of, fill_entry
@@ -86,7 +86,9 @@ def read_record(path: PathLike) -> RecordFile:
     return RecordFile(factors, source, message)
 
 
-def write_record(path: PathLike, record: RecordFile, *, announce: bool = True) -> None:
+def write_record(
+    path: PathLike, record: RecordFile, *, announce: bool = True, files: WholeFiles | None = None
+) -> None:
     """Write a record file whole or not at all.
 
     Layers stand in the order of `record.factors`; a layer whose factors are still what was
@@ -97,13 +99,18 @@ def write_record(path: PathLike, record: RecordFile, *, announce: bool = True) -
         record: what to write.
         announce: whether to log a warning when an existing file is overwritten; False for a
             flow that completes its own record.
+        files: others that take their places together with this one; None: it goes alone.
 
     Raises:
         RecordError: factors that the file cannot hold, checked as in `read_record`.
         FileAccessError: the file cannot be written.
     """
-    text = print_text(_message(record, str(path)))
-    write_whole(path, text.encode(), what="record_file", announce=announce)
+    text = print_text(_message(record, str(path))).encode()
+    if files is not None:
+        files.write(path, text, what="record_file", announce=announce)
+        return
+    with WholeFiles() as alone:
+        alone.write(path, text, what="record_file", announce=announce)
 
 
 def _telling(problems: ProblemList, layer_name: str) -> Any:
