@@ -12,10 +12,10 @@ from amct_pytorch.errors import ExportError, FileAccessError, FileMissingError
 from amct_pytorch.export.deploy import build_deploy
 from amct_pytorch.export.fake_quant import build_fake_quant
 from amct_pytorch.export.layer_nodes import LayerFinder, layer_names, layer_of, tag_layer
-from amct_pytorch.files import WholeFiles
 from amct_pytorch.export.onnx_file import load_onnx, save_onnx
 from amct_pytorch.export.onnx_graph import OnnxGraph, attribute, set_attribute, topological_order
 from amct_pytorch.export.opset import plain_model
+from amct_pytorch.files import WholeFiles
 
 WITH_IF = """<ir_version: 8, opset_import: ["": 18]>
 g (float[2] x, bool c) => (float[2] y) {

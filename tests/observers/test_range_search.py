@@ -281,7 +281,9 @@ def test_a_fine_step_is_searched_from_coarse_to_fine(kind: str, symmetric: bool)
     factors = INT8.factors(lows.float(), (multiples * high).float(), symmetric=symmetric)
     every = squared_errors(histogram.prefix_sums(), INT8, *factors)
     settings = SearchSettings(search_step=0.6 / 5000)
-    found = mean_squared_error(histogram, *search_range(histogram, settings, INT8, symmetric=symmetric))
+    found = mean_squared_error(
+        histogram, *search_range(histogram, settings, INT8, symmetric=symmetric)
+    )
     # It need not be the very best of all, but is never worse than every fifth of them alone.
     assert found <= float(every[::5].min()) * (1 + 1e-12)
 

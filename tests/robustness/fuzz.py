@@ -47,7 +47,9 @@ def run(name: str, number: int, first_seed: int, out: Path) -> int:
                 accepted += only_told(CALLS[name][1], data)
         except Exception as error:
             frame = traceback.extract_tb(error.__traceback__)[-1]
-            ours = [f for f in traceback.extract_tb(error.__traceback__) if "amct_pytorch" in f.filename]
+            ours = [
+                f for f in traceback.extract_tb(error.__traceback__) if "amct_pytorch" in f.filename
+            ]
             where = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else frame.name
             key = f"{type(error).__name__} at {where}"
             if key not in failures:
@@ -60,8 +62,11 @@ def run(name: str, number: int, first_seed: int, out: Path) -> int:
 
     one()
     faulthandler.cancel_dump_traceback_later()
-    print(f"{name}: {tried} tried, {accepted} accepted, {len(failures)} kinds of failure, "
-          f"slowest {slowest:.2f} s CPU", flush=True)
+    print(
+        f"{name}: {tried} tried, {accepted} accepted, {len(failures)} kinds of failure, "
+        f"slowest {slowest:.2f} s CPU",
+        flush=True,
+    )
     for key, text in failures.items():
         print(f"--- {key}\n{text[-1800:]}", flush=True)
     return len(failures)

@@ -51,7 +51,9 @@ def remember_export() -> None:
     export, known = float_model.export_float, dict[float, onnx.ModelProto]()
 
     def remembered(model: Any, *args: Any, **kwargs: Any) -> onnx.ModelProto:
-        key = float(model.fc.inner.bias.sum() if hasattr(model.fc, "inner") else model.fc.bias.sum())
+        key = float(
+            model.fc.inner.bias.sum() if hasattr(model.fc, "inner") else model.fc.bias.sum()
+        )
         if key not in known:
             known[key] = export(model, *args, **kwargs)
         return copy.deepcopy(known[key])
@@ -141,7 +143,8 @@ def check_pairing(references: list[dict[str, bytes]]) -> bool:
 
 
 def round_of_kills(
-    model: Small, references: list[dict[str, bytes]], start: Path | None, stride: int) -> int:
+    model: Small, references: list[dict[str, bytes]], start: Path | None, stride: int
+) -> int:
     moment = 1 - stride
     while True:
         moment += stride

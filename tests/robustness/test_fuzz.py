@@ -85,6 +85,12 @@ def subgraph_reads_what_nothing_makes(model):
     model.graph.node.append(helper.make_node("If", ["condition"], ["o"], **branches))
 
 
+def weight_without_dimensions(model):
+    tensor = next(t for t in model.graph.initializer if t.name == "conv.weight")
+    one = numpy_helper.to_array(tensor).reshape(-1)[0]
+    tensor.CopyFrom(numpy_helper.from_array(np.asarray(one), tensor.name))
+
+
 def no_operator_set(model):
     model.opset_import[0].version = 0
 
@@ -102,6 +108,7 @@ def no_operator_set(model):
         attribute_of_another_type,
         reads_what_nothing_makes,
         subgraph_reads_what_nothing_makes,
+        weight_without_dimensions,
         no_operator_set,
     ],
 )
@@ -109,6 +116,13 @@ def test_models_that_are_not_sound_are_refused(name, spoil):
     model = onnx.load_from_string(good(CALLS[name][0]))
     spoil(model)
     assert not only_told(CALLS[name][1], model.SerializeToString())
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"layers": [1]}', "[" * 5000, "NaN"])
+def test_a_damaged_ledger_in_the_model_is_told(text):
+    model = onnx.load_from_string(good("m.onnx"))
+    next(p for p in model.metadata_props if p.key == "amct.ledger").value = text
+    assert not only_told(CALLS["modified onnx"][1], model.SerializeToString())
 
 
 @pytest.mark.parametrize("step", [1e-9, 5e-324])

@@ -1,4 +1,4 @@
-"""What the system refuses is one clear error that names the file; earlier files stay as they are."""
+"""What the system refuses is one error that names the file; earlier files stay as they are."""
 
 import multiprocessing
 import os

@@ -213,6 +213,12 @@ class DeployModel:
             raise ExportError(f"layer {name!r}: Gemm {node.name!r} has transA, alpha or beta")
         if node.op_type in WEIGHTED:
             weight = self._constant(name, node.input[1], np.dtype(np.int8), "weight")
+            matrix = node.op_type in ("Gemm", "MatMul")
+            if weight.ndim != 2 if matrix else weight.ndim < 3:
+                raise ExportError(
+                    f"layer {name!r}: its weight has shape {list(weight.shape)}; {node.op_type} "
+                    f"has {'two' if matrix else 'three or more'} dimensions"
+                )
             if attribute(node, "transB", 0):
                 weight = np.ascontiguousarray(weight.T)
             if bias_name is None and len(node.input) > 2 and node.input[2]:

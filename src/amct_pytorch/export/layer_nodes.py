@@ -153,6 +153,7 @@ class LayerFinder:
     def conv(self, name: str, node: NodeProto) -> LayerNode:
         """A Conv of any number of dimensions, groups and dilations."""
         weight = self._weight(name, node)
+        _check_rank(name, node, weight, weight.ndim >= 3, "three or more")
         bias_name = node.input[2] if len(node.input) > 2 and node.input[2] else None
         bias = None if bias_name is None else self._bias(name, bias_name, weight.shape[0])
         return LayerNode(name, node, node, weight, bias, 0, node.input[1], bias_name)
@@ -162,6 +163,7 @@ class LayerFinder:
         if attribute(node, "transA", 0):
             raise ExportError(f"layer {name!r}: a Gemm with transA cannot be quantized")
         weight = self._weight(name, node)
+        _check_rank(name, node, weight, weight.ndim == 2, "two")
         if attribute(node, "transB", 0):
             weight = np.ascontiguousarray(weight.T)
         weight = weight * np.float32(attribute(node, "alpha", 1.0))
@@ -175,11 +177,7 @@ class LayerFinder:
     def matmul(self, name: str, node: NodeProto) -> LayerNode:
         """A MatMul with 2-D weights, and the Add of a 1-D constant behind it if there is one."""
         weight = self._weight(name, node)
-        if weight.ndim != 2:
-            raise ExportError(
-                f"layer {name!r}: its MatMul has weights of shape {list(weight.shape)}; "
-                "allowed are two dimensions"
-            )
+        _check_rank(name, node, weight, weight.ndim == 2, "two")
         readers = self._readers.get(node.output[0], [])
         if len(readers) == 1 and node.output[0] not in self._graph.output_names:
             add = readers[0]
@@ -190,6 +188,14 @@ class LayerFinder:
                     bias = self._bias(name, others[0], weight.shape[1])
                     return LayerNode(name, node, add, weight, bias, 1, node.input[1], others[0])
         return LayerNode(name, node, node, weight, None, 1, node.input[1], None)
+
+
+def _check_rank(layer: str, node: NodeProto, weight: np.ndarray, fits: bool, allowed: str) -> None:
+    if not fits:
+        raise ExportError(
+            f"layer {layer!r}: its {node.op_type} has weights of shape {list(weight.shape)}; "
+            f"allowed are {allowed} dimensions"
+        )
 
 
 # How each operator that a layer may become is read. A new kind of layer is one more row.

@@ -7,6 +7,7 @@ would speak of a graph that has been rewritten since.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import onnx
 from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, defs, helper, numpy_helper
@@ -128,7 +129,8 @@ def _check_attribute(
     if node.op_type in _OWN:
         allowed = _OWN[node.op_type][1].get(attribute.name)
     elif schema is not None and attribute.name in schema.attributes:
-        allowed = (int(schema.attributes[attribute.name].type.value),)
+        kind: Any = schema.attributes[attribute.name].type
+        allowed = (int(kind.value),)
     if sum(other.name == attribute.name for other in node.attribute) > 1:
         problems.add(f"{_called(node)} has the attribute {attribute.name!r} more than once")
     if allowed is not None and attribute.type not in allowed:

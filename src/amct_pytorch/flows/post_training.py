@@ -17,7 +17,7 @@ from amct_pytorch.config.calibration_json import dump_calibration_json, load_cal
 from amct_pytorch.config.cfg_file import parse_calibration_cfg
 from amct_pytorch.config.defaults import default_calibration_config
 from amct_pytorch.config.models import CalibrationConfig
-from amct_pytorch.errors import ConfigError, ModelError, RecordError
+from amct_pytorch.errors import ConfigError, ExportError, ModelError, RecordError
 from amct_pytorch.files import PathLike, WholeFiles, check_distinct, check_writable, write_whole
 from amct_pytorch.flows.arguments import public_call
 from amct_pytorch.flows.calibration import Calibration, CalibrationResult
@@ -310,7 +310,14 @@ def _stored_ledger(model: onnx.ModelProto, record: RecordFile) -> Ledger:
             "the modified ONNX model has not been completed by calibration: run batch_num "
             "forward passes of the module that quantize_model returned first"
         )
-    ledger = Ledger.from_json(stored[LEDGER_KEY])
+    try:
+        ledger = Ledger.from_json(stored[LEDGER_KEY])
+    except ValueError as error:
+        reason = str(error).splitlines()[0]
+        raise ExportError(
+            f"the modified ONNX model's metadata {LEDGER_KEY} is damaged ({reason}); run "
+            "quantize_model and the calibration again"
+        ) from error
     quantized = [entry.name for entry in ledger.layers if entry.status == "quantized"]
     missing = [name for name in quantized if name not in factors or not factors[name].complete]
     if missing:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter
 
 from amct_pytorch.observers.statistics import Agreement
 
@@ -17,6 +18,8 @@ POOR_SQNR_DB = 10.0
 POOR_COSINE = 0.95
 # Stands for minus infinity, which JSON cannot hold.
 LOST_DB = -999.0
+# For reading: no NaN or infinity, which `Ledger.to_json` does not write either.
+_FINITE = ConfigDict(allow_inf_nan=False)
 
 
 def decibels(value: float | None) -> float | None:
@@ -55,6 +58,8 @@ class LayerEntry:
         notes: whatever was clamped, rolled back or fell back.
     """
 
+    __pydantic_config__ = _FINITE
+
     name: str
     type: str
     status: str
@@ -85,6 +90,8 @@ class OutputEntry:
             is a matrix; else None.
     """
 
+    __pydantic_config__ = _FINITE
+
     sqnr_db: float | None
     cosine: float
     top1_agreement: float | None = None
@@ -110,6 +117,8 @@ class Ledger:
         version: of this file's format.
     """
 
+    __pydantic_config__ = _FINITE
+
     flow: str
     layers: list[LayerEntry]
     output: OutputEntry | None = None
@@ -124,19 +133,13 @@ class Ledger:
 
     @classmethod
     def from_json(cls, text: str) -> Ledger:
-        """The ledger that `to_json` wrote."""
-        raw: dict[str, Any] = json.loads(text)
-        layers = [LayerEntry(**entry) for entry in raw.pop("layers")]
-        for layer in layers:
-            layer.input_range = _pair(layer.input_range)
-            layer.weight_scale_range = _pair(layer.weight_scale_range)
-        output = raw.pop("output")
-        return cls(layers=layers, output=OutputEntry(**output) if output else None, **raw)
+        """The ledger that `to_json` wrote.
 
-
-def _pair(values: Sequence[float] | None) -> tuple[float, float] | None:
-    """What JSON made a list, as the pair it was."""
-    return None if values is None else (values[0], values[1])
+        Raises:
+            ValueError: the text is something else; keys of later versions are passed over.
+        """
+        ledger: Ledger = TypeAdapter(cls).validate_json(text)
+        return ledger
 
 
 def output_entry(original: list[Any], other: list[Any]) -> OutputEntry | None:
