@@ -130,3 +130,11 @@ def test_a_search_step_of_nearly_nothing_is_no_error(step):
     config = json.loads(good("config.json"))
     config["conv"]["activation_quant_params"]["search_step"] = step
     assert only_told(CALLS["json"][1], json.dumps(config).encode())
+
+
+@pytest.mark.parametrize("text", ["[" * 5000, '{"conv": [0, 1' + "0" * 400 + "]}", "[1]", "{"])
+def test_damaged_output_ranges_in_the_model_are_told(text):
+    model = onnx.load_from_string(good("net_deploy_model.onnx"))
+    model.metadata_props.add(key="amct.extra_ranges", value=text)
+    next(p for p in model.metadata_props if p.key == "amct.extra_ranges").value = text
+    only_told(CALLS["deploy onnx"][1], model.SerializeToString())

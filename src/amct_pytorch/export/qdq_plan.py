@@ -107,7 +107,7 @@ def read_extra_ranges(model: onnx.ModelProto) -> dict[str, tuple[float, float]]:
     text = next((p.value for p in model.metadata_props if p.key == EXTRA_RANGES), "{}")
     try:
         found = {str(k): (float(lo), float(hi)) for k, (lo, hi) in json.loads(text).items()}
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ExportError(f"the model's metadata {EXTRA_RANGES} cannot be read: {error}") from error
     for name, (lo, hi) in found.items():
         if not (math.isfinite(lo) and math.isfinite(hi) and lo <= hi):
