@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from amct_pytorch.algorithms.arq import arq_scale, bias_limit, floored_for_bias
 from amct_pytorch.algorithms.solve import fp16_scale
 from amct_pytorch.formats import IntFormat
+from amct_pytorch.graph.weight_layout import WeightLayout
 from amct_pytorch.nn.simulate import integer_bias
 
 EPSILON = float(np.finfo(np.float32).eps)
@@ -37,18 +38,18 @@ def test_scales_follow_the_definition(bits: int, shape: tuple[int, ...], out_axi
     weight = weights(*shape)
     fmt = IntFormat(bits)
     channels = np.moveaxis(weight.numpy(), out_axis, 0)
-    by_channel = arq_scale(weight, fmt, out_axis, channel_wise=True)
+    by_channel = arq_scale(weight, fmt, WeightLayout(out_axis), channel_wise=True)
     # One float32 division.
     expected = [defined(channel, bits) for channel in channels]
     assert by_channel.tolist() == pytest.approx(expected, rel=EPSILON)
-    whole = arq_scale(weight, fmt, out_axis, channel_wise=False)
+    whole = arq_scale(weight, fmt, WeightLayout(out_axis), channel_wise=False)
     assert whole.tolist() == pytest.approx([defined(channels, bits)], rel=EPSILON)
 
 
 def test_the_largest_weight_is_exact_and_the_whole_range_is_used() -> None:
     weight = weights(50, 3, 3, 3)
     fmt = IntFormat(8)
-    scale = arq_scale(weight, fmt, 0, channel_wise=True).view(-1, 1, 1, 1)
+    scale = arq_scale(weight, fmt, WeightLayout(0), channel_wise=True).view(-1, 1, 1, 1)
     codes = fmt.quantize(weight, scale)
     steps = ((codes * scale - weight) / scale).abs().flatten(1)
     largest = weight.abs().flatten(1).argmax(1, keepdim=True)
@@ -64,7 +65,7 @@ def test_the_largest_weight_is_exact_and_the_whole_range_is_used() -> None:
 
 def test_negative_side_decides_where_it_is_larger() -> None:
     weight = torch.tensor([[-128.0, 127.0], [-127.0, 127.0], [-1.28, 0.0]])
-    scale = arq_scale(weight, IntFormat(8), 0, channel_wise=True)
+    scale = arq_scale(weight, IntFormat(8), WeightLayout(0), channel_wise=True)
     assert scale.tolist() == pytest.approx([1.0, 1.0, 0.01], rel=EPSILON)
 
 
@@ -72,7 +73,7 @@ def test_dead_channels_get_the_smallest_scale_and_leave_the_others_alone() -> No
     weight = weights(4, 3, 3, 3)
     weight[1] = 0
     weight[2] *= 1e-9
-    scale = arq_scale(weight, IntFormat(8), 0, channel_wise=True)
+    scale = arq_scale(weight, IntFormat(8), WeightLayout(0), channel_wise=True)
     assert scale[1:3].tolist() == [2.0**-23, 2.0**-23]
     assert scale[0].item() == pytest.approx(defined(weight[0].numpy(), 8), rel=EPSILON)
 
@@ -80,7 +81,7 @@ def test_dead_channels_get_the_smallest_scale_and_leave_the_others_alone() -> No
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_scales_of_other_dtypes_are_float32(dtype: torch.dtype) -> None:
     weight = weights(4, 3).to(dtype)
-    scale = arq_scale(weight, IntFormat(8), 0, channel_wise=True)
+    scale = arq_scale(weight, IntFormat(8), WeightLayout(0), channel_wise=True)
     assert scale.dtype == torch.float32
     assert scale.tolist() == pytest.approx(
         [defined(row, 8) for row in weight.double().numpy()], rel=2 * EPSILON

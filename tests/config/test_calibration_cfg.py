@@ -214,7 +214,7 @@ BY_TYPE = 'override_layer_types {{ layer_type: "{}" calibration_config {{ {} }} 
         ("batch_num: 0", "batch_num is 0; allowed: an integer >= 1"),
         ('skip_layers: "cnv1"', "skip_layers: cnv1: the model has no such layer (did you mean 'c"),
         ('skip_layers: "bn1"', "bn1: the model has it, but it is not of a type"),
-        ('skip_layer_types: "conv2d"', "allowed: Conv2d, Linear (did you mean 'Conv2d'?)"),
+        ('skip_layer_types: "conv2d"', "AvgPool2d (did you mean 'Conv2d'?)"),
         ('skip_fusion_layers: "conv"', "skip_fusion_layers: conv: the model has no such module"),
         (BY_TYPE.format("Conv1d", ""), 'override_layer_types[Conv1d]: "Conv1d" is no type'),
         (BY_NAME.format("fd", ""), "override_layer_configs[fd]: fd: the model has no such layer"),

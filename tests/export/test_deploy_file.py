@@ -12,6 +12,7 @@ from amct_pytorch.errors import ExportError, RecordError
 from amct_pytorch.export.deploy import build_deploy
 from amct_pytorch.export.integer_layer import integer_layer, pack_param, unpack_param
 from amct_pytorch.export.layer_nodes import LayerNode
+from amct_pytorch.graph.weight_layout import WeightLayout
 from amct_pytorch.record.factors import LayerFactors
 
 
@@ -170,7 +171,7 @@ def test_a_layer_output_that_is_read_and_is_an_output():
 
 def one_conv(weight, bias=None):
     node = helper.make_node("Conv", ["x", "w", "b"], ["y"])
-    return LayerNode("conv1", node, node, weight, bias, 0, "w", "b")
+    return LayerNode("conv1", node, node, weight, bias, WeightLayout(0), "w", "b")
 
 
 def test_bias_beyond_int32_names_the_layer():

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from amct_pytorch.graph.layers import LAYER_KINDS
+from amct_pytorch.graph.weight_layout import WeightLayout
 from amct_pytorch.nn.fuse_norm import SkippedNorm, fuse_norm
 from amct_pytorch.nn.intercept import CallInterceptor, LayerCall
 from amct_pytorch.nn.wrapped import CompressedLayer, replace_modules
@@ -148,10 +149,10 @@ def test_fuse_norm_is_the_norm_of_the_layer(affine: bool, bias: bool) -> None:
         nn.init.normal_(bn.weight, generator=generator)
         nn.init.normal_(bn.bias, generator=generator)
     x = torch.randn(2, 2, 5, 5, generator=generator, dtype=torch.float64)
-    weight, shift = fuse_norm(conv.weight, conv.bias, bn, 0)
+    weight, shift = fuse_norm(conv.weight, conv.bias, bn, WeightLayout(0))
     # float64 on both sides.
     torch.testing.assert_close(F.conv2d(x, weight, shift), bn(conv(x)), rtol=1e-12, atol=1e-12)
-    transposed, _ = fuse_norm(conv.weight.transpose(0, 1), conv.bias, bn, 1)
+    transposed, _ = fuse_norm(conv.weight.transpose(0, 1), conv.bias, bn, WeightLayout(1))
     torch.testing.assert_close(transposed.transpose(0, 1), weight, rtol=0, atol=0)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from amct_pytorch.algorithms.arq import arq_scale
 from amct_pytorch.formats import INT8, IntFormat
 from amct_pytorch.graph.layers import LAYER_KINDS
+from amct_pytorch.graph.weight_layout import WeightLayout
 from amct_pytorch.nn.simulate import IntegerOperands, Simulate, integer_bias
 from amct_pytorch.nn.wrapped import CompressedLayer
 from amct_pytorch.record.factors import LayerFactors
@@ -38,7 +39,7 @@ def wrapped(make: str) -> tuple[CompressedLayer, Tensor]:
 def factors(
     layer: CompressedLayer, x: Tensor, *, channel_wise: bool, symmetric: bool, bits: int = 8
 ) -> LayerFactors:
-    scale_w = arq_scale(layer.weight, IntFormat(bits), 0, channel_wise=channel_wise)
+    scale_w = arq_scale(layer.weight, IntFormat(bits), WeightLayout(0), channel_wise=channel_wise)
     scale, offset = INT8.factors(x.min() * 0.9, x.max() * 0.8, symmetric=symmetric)
     return LayerFactors(tuple(scale_w.tolist()), scale.item(), offset.item(), weight_bits=bits)
 

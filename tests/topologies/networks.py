@@ -197,6 +197,154 @@ class PreNorm(nn.Module):
         return self.head(x + self.conv(F.relu(self.bn(x))))
 
 
+class Transposed(nn.Module):
+    """Transposed convolutions: groups, output_padding, dilation, BN, no bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.up = nn.ConvTranspose2d(8, 12, 4, 2, 1, output_padding=1, groups=4)
+        self.bn = nn.BatchNorm2d(12)
+        self.wide = nn.ConvTranspose2d(12, 6, 3, dilation=2, bias=False)
+        self.head = nn.Conv2d(6, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.wide(F.relu(self.bn(self.up(F.relu(self.stem(x)))))))
+
+
+class Volume(nn.Module):
+    """Convolutions in three dimensions: explicit padding, BN, groups, stride."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn = nn.Conv3d(2, 8, 3, bias=False), nn.BatchNorm3d(8)
+        self.grouped = nn.Conv3d(8, 8, 3, stride=2, padding=(0, 1, 2), groups=4)
+        self.dilated = nn.Conv3d(8, 8, 2, dilation=(2, 1, 1))
+        self.head = nn.Conv3d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn(self.stem(F.pad(x, (1, 1, 1, 1, 1, 1)))))
+        return self.head(self.dilated(F.relu(self.grouped(x))))
+
+
+class Pools(nn.Module):
+    """Average pools: padded, counting the padding or not, with ceil_mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+        self.padded = nn.AvgPool2d(3, stride=2, padding=1)
+        self.inside = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
+        self.ceil = nn.AvgPool2d(3, stride=2, ceil_mode=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inside(self.padded(torch.tanh(self.stem(x))))
+        return self.head(self.ceil(x))
+
+
+class Matrices(nn.Module):
+    """Linear layers on inputs of any rank, with and without bias, permuted in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 24), nn.Linear(24, 6, bias=False)
+        self.across, self.head = nn.Linear(5, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(F.gelu(self.first(x)))
+        return self.head(F.relu(self.across(x.transpose(-1, -2))))
+
+
+@dataclass
+class Detections:
+    boxes: Tensor
+    extra: dict[str, Tensor]
+
+
+class Outputs(nn.Module):
+    """Keyword inputs, an input left out, a dataclass that holds a dict, layers in nested lists."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = conv_bn(3, 8)
+        self.branches = nn.ModuleList(
+            [
+                nn.ModuleDict({"box": nn.Conv2d(8, 4, 1)}),
+                nn.ModuleDict({"score": nn.Sequential(nn.ReLU(), nn.Conv2d(8, 2, 1))}),
+            ]
+        )
+
+    def forward(self, image: Tensor, mask: Tensor | None = None) -> Detections:
+        x = F.relu(self.stem(image))
+        if mask is not None:
+            x = x * mask
+        return Detections(self.branches[0]["box"](x), {"score": self.branches[1]["score"](x)})
+
+
+class Functional(nn.Module):
+    """Operators called on parameters directly stay float; the layers beside them do not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(8, 3, 3, 3) * 0.2)
+        self.matrix = nn.Parameter(torch.randn(10, 8) * 0.3)
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(F.conv2d(x, self.kernel, padding=1))
+        return F.linear(self.conv(x).mean((2, 3)), self.matrix)
+
+
+class DeadChannels(nn.Module):
+    """BN that has shut channels off, and one whose weights are next to zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.head = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)
+        with torch.no_grad():
+            self.conv.weight[1].zero_()
+            self.conv.weight[2].mul_(1e-9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.bn(self.conv(x))))
+
+
+class Parametrised(nn.Module):
+    """Weights that are computed: weight_norm and spectral_norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3, padding=1))
+        self.head = nn.utils.parametrizations.spectral_norm(nn.Linear(8, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.conv(x)).mean((2, 3)))
+
+
+class Recurrent(nn.Module):
+    """A GRU stays float; the Linear layers around it do not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.gru = nn.Linear(16, 12), nn.GRU(12, 8, batch_first=True)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.gru(torch.tanh(self.into(x)))[0])
+
+
+class Encoder(nn.Module):
+    """torch's own transformer encoder layer, with its fast path for inference."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.block(x))
+
+
 @dataclass(frozen=True)
 class Topology:
     """One network with example inputs and what is known of it.
@@ -233,6 +381,25 @@ TOPOLOGIES = {
     "squeeze and excite": Topology(SqueezeExcite, IMAGE, 4),
     "channel shuffle": Topology(Shuffle, IMAGE, 3),
     "BN before conv": Topology(PreNorm, IMAGE, 3),
+    "transposed convolutions": Topology(Transposed, IMAGE, 4),
+    "3-D convolutions": Topology(
+        Volume, ((2, 2, 9, 8, 10),), 3, (("dilated", "dilation in depth is 2"),)
+    ),
+    "average pools": Topology(Pools, IMAGE, 5),
+    **{
+        f"Linear on {rank}-D inputs, transposed in between": Topology(
+            Matrices, ((*[2] * (rank - 2), 5, 16),), 4
+        )
+        for rank in (2, 3, 4, 5, 6)
+    },
+    "optional inputs, dataclass of dict outputs, nested lists": Topology(Outputs, IMAGE, 3),
+    "functional operators on parameters": Topology(Functional, IMAGE, 1),
+    "channels shut off by BN or by their weights": Topology(DeadChannels, IMAGE, 2),
+    "weight_norm and spectral_norm": Topology(Parametrised, IMAGE, 2),
+    "GRU between Linear layers": Topology(Recurrent, ((2, 6, 16),), 2),
+    "TransformerEncoderLayer": Topology(
+        Encoder, ((2, 6, 16),), 3, (("block.self_attn.out_proj", "did not run"),)
+    ),
 }
 
 
@@ -243,7 +410,7 @@ def trained_like(model: nn.Module, inputs: tuple[Tensor, ...]) -> nn.Module:
         for _ in range(10):
             model(*inputs)
         for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
+            if isinstance(module, (nn.BatchNorm2d, nn.BatchNorm3d)):
                 module.weight.uniform_(0.5, 1.5)
                 module.bias.uniform_(-0.3, 0.3)
     return model.eval()

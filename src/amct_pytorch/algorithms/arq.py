@@ -7,10 +7,11 @@ from torch import Tensor
 
 from amct_pytorch.formats import IntFormat
 from amct_pytorch.formats.integer import SMALLEST_SCALE
+from amct_pytorch.graph.weight_layout import WeightLayout
 
 
 def arq_scale(
-    weight: Tensor, number_format: IntFormat, out_axis: int, *, channel_wise: bool
+    weight: Tensor, number_format: IntFormat, layout: WeightLayout, *, channel_wise: bool
 ) -> Tensor:
     """One scale, or one per output channel, that spans the weights.
 
@@ -22,13 +23,13 @@ def arq_scale(
     Args:
         weight: the layer's weight.
         number_format: the integers to quantize to.
-        out_axis: axis of `weight` that counts output channels.
+        layout: which weights belong to which output channel.
         channel_wise: one scale per output channel instead of one.
 
     Returns:
         float32 [out_channels] or [1].
     """
-    rows = weight.detach().float().transpose(0, out_axis).flatten(1)
+    rows = layout.rows(weight.detach().float())
     if not channel_wise:
         rows = rows.reshape(1, -1)
     low, high = rows.amin(1), rows.amax(1)

@@ -11,7 +11,7 @@ from torch import Tensor
 from amct_pytorch.algorithms.arq import arq_scale, bias_limit, floored_for_bias
 from amct_pytorch.config.models import CalibrationConfig, IfmrParams
 from amct_pytorch.formats import INT8, IntFormat
-from amct_pytorch.graph.layers import LayerKind
+from amct_pytorch.graph.weight_layout import WeightLayout
 from amct_pytorch.observers.histogram import Histogram
 from amct_pytorch.observers.range_search import SearchSettings, search_range
 from amct_pytorch.observers.statistics import LayerStatistics
@@ -21,15 +21,25 @@ FP16_NORMAL = (2.0**-14, 65504.0)
 
 
 def weight_factors(
-    name: str, config: CalibrationConfig, kind: LayerKind, weight: Tensor
+    name: str, config: CalibrationConfig, layout: WeightLayout | None, weight: Tensor
 ) -> LayerFactors:
-    """The factors that depend on the weights alone."""
+    """The factors that depend on the weights alone.
+
+    Args:
+        name: the layer.
+        config: the calibration config.
+        layout: of its weight; None for a layer without weights, whose scale is 1.
+        weight: its weight after fusion.
+    """
     params = config.layers[name].weight_quant_params
-    scale = arq_scale(
-        weight, IntFormat(params.num_bits), kind.out_axis, channel_wise=params.channel_wise
-    )
+    scale_w: tuple[float, ...] = (1.0,)
+    if layout is not None:
+        scale = arq_scale(
+            weight, IntFormat(params.num_bits), layout, channel_wise=params.channel_wise
+        )
+        scale_w = tuple(scale.tolist())
     return LayerFactors(
-        scale_w=tuple(scale.tolist()),
+        scale_w=scale_w,
         weight_bits=params.num_bits,
         skip_fusion=not config.do_fusion or name in config.skip_fusion_layers,
         fakequant_precision_mode=config.fakequant_precision_mode or "DEFAULT",
@@ -49,7 +59,7 @@ def complete_factors(
         name: the layer.
         config: the calibration config.
         known: its weight factors.
-        bias: its bias after fusion, [out_channels].
+        bias: its bias after fusion, [out_channels]; empty for a layer without weights.
         inputs: what was observed of its input.
     """
     params = config.layers[name].activation_quant_params
@@ -64,7 +74,8 @@ def complete_factors(
     if known.fakequant_precision_mode == "FORCE_FP16_QUANT":
         scale_d = fp16_scale(scale_d)
     scale_w = torch.tensor(known.scale_w)
-    scale_w = floored_for_bias(scale_w, scale_d, bias.cpu(), bias_limit(scale_w))
+    if bias.numel():
+        scale_w = floored_for_bias(scale_w, scale_d, bias.cpu(), bias_limit(scale_w))
     return LayerFactors(
         scale_w=tuple(scale_w.tolist()),
         scale_d=scale_d,

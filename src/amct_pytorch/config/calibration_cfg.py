@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from amct_pytorch.config.cfg_block import Block, read_block
 from amct_pytorch.config.explain import explain
 from amct_pytorch.config.layer_rules import (
+    allowed_inputs,
     allowed_weights,
     configurable,
     packable_weights,
@@ -189,14 +190,14 @@ def _layer_config(
 
     channel_wise = block.channel_wise
     if channel_wise is None:
-        channel_wise = LAYER_KINDS[layer.kind].channel_wise_default
+        channel_wise = LAYER_KINDS[layer.kind].channel_wise
     weights = block.weights.model_copy(update={"channel_wise": channel_wise})
     weights = allowed_weights(layer, weights, tell)
     return LayerConfig.model_validate(
         {
             "quant_enable": enabled,
             **({} if block.balancer is None else {"dmq_balancer_param": block.balancer}),
-            "activation_quant_params": block.activation,
+            "activation_quant_params": allowed_inputs(layer, block.activation, tell),
             "weight_quant_params": packable_weights(layer, weights),
         }
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from amct_pytorch.config.explain import dotted, explain
 from amct_pytorch.config.json_text import parse_json
 from amct_pytorch.config.layer_rules import (
+    allowed_inputs,
     allowed_weights,
     fill_defaults,
     packable_weights,
@@ -108,13 +109,21 @@ def _layer(layer: SeenLayer, raw: Any, problems: ProblemList) -> LayerConfig | N
             "(leave it out, or set its quant_enable to false)"
         )
         return None
-    place = f"{layer.name}.weight_quant_params"
-    given = config.weight_quant_params
 
-    def refuse(key: str, reason: str) -> None:
-        problems.add(
-            f"{place}.{key} is {shown(getattr(given, key))}, which is not allowed: {reason}"
-        )
+    def refuse(block: str) -> Callable[[str, str], None]:
+        def add(key: str, reason: str) -> None:
+            given = shown(getattr(getattr(config, block), key))
+            problems.add(f"{layer.name}.{block}.{key} is {given}, which is not allowed: {reason}")
 
-    weights = packable_weights(layer, allowed_weights(layer, given, refuse))
-    return config.model_copy(update={"weight_quant_params": weights})
+        return add
+
+    inputs = allowed_inputs(
+        layer, config.activation_quant_params, refuse("activation_quant_params")
+    )
+    weights = allowed_weights(layer, config.weight_quant_params, refuse("weight_quant_params"))
+    return config.model_copy(
+        update={
+            "activation_quant_params": inputs,
+            "weight_quant_params": packable_weights(layer, weights),
+        }
+    )

@@ -8,6 +8,7 @@ from typing import Any
 
 from amct_pytorch.config.models import (
     GLOBAL_KEYS,
+    ActivationParams,
     ArqParams,
     IfmrParams,
     LayerConfig,
@@ -25,9 +26,9 @@ Tell = Callable[[str, str], None]
 def default_layer(layer: SeenLayer) -> LayerConfig:
     """The config of a layer for which nothing special was asked."""
     return LayerConfig(
-        activation_quant_params=IfmrParams(num_bits=8),
+        activation_quant_params=allowed_inputs(layer, IfmrParams(num_bits=8), lambda *_: None),
         weight_quant_params=ArqParams(
-            num_bits=8, channel_wise=LAYER_KINDS[layer.kind].channel_wise_default
+            num_bits=8, channel_wise=LAYER_KINDS[layer.kind].channel_wise
         ),
     )
 
@@ -35,8 +36,8 @@ def default_layer(layer: SeenLayer) -> LayerConfig:
 def fill_defaults(raw: dict[str, Any], layer: SeenLayer) -> dict[str, Any]:
     """A layer's entry in a JSON file, with what has no default of its own put in.
 
-    Blocks that are missing get their default, and `channel_wise` that of the layer's type;
-    what is there stays, right or wrong.
+    Blocks that are missing get their default, and `channel_wise` and `asymmetric` that of
+    the layer's type; what is there stays, right or wrong.
     """
     filled = {
         "activation_quant_params": {"num_bits": 8},
@@ -45,9 +46,27 @@ def fill_defaults(raw: dict[str, Any], layer: SeenLayer) -> dict[str, Any]:
     }
     weights = filled["weight_quant_params"]
     if isinstance(weights, dict):
-        default = LAYER_KINDS[layer.kind].channel_wise_default
+        default = LAYER_KINDS[layer.kind].channel_wise
         filled["weight_quant_params"] = {"channel_wise": default, **weights}
+    inputs = filled["activation_quant_params"]
+    if isinstance(inputs, dict) and LAYER_KINDS[layer.kind].symmetric_inputs:
+        filled["activation_quant_params"] = {"asymmetric": False, **inputs}
     return filled
+
+
+def allowed_inputs(layer: SeenLayer, inputs: ActivationParams, tell: Tell) -> ActivationParams:
+    """`inputs` without what the layer cannot have.
+
+    Args:
+        layer: the layer they are for.
+        inputs: what was asked for.
+        tell: called with key and reason for each thing refused.
+    """
+    if not LAYER_KINDS[layer.kind].symmetric_inputs:
+        return inputs
+    if inputs.asymmetric:
+        tell("asymmetric", f"{layer.kind} has no zero point for its input")
+    return inputs.model_copy(update={"asymmetric": False})
 
 
 def allowed_weights(layer: SeenLayer, weights: WeightParams, tell: Tell) -> WeightParams:
@@ -59,8 +78,9 @@ def allowed_weights(layer: SeenLayer, weights: WeightParams, tell: Tell) -> Weig
         tell: called with key and reason for each thing refused.
     """
     kind = LAYER_KINDS[layer.kind]
-    if weights.channel_wise and not kind.channel_wise_allowed:
-        tell("channel_wise", f"{layer.kind} has one scale for all its weights")
+    if weights.channel_wise and not kind.channel_wise:
+        has = "one scale for all its weights" if kind.weighted else "no weights"
+        tell("channel_wise", f"{layer.kind} has {has}")
         weights = weights.model_copy(update={"channel_wise": False})
     if weights.num_bits in (6, 7) and not kind.low_bit_weights:
         names = [name for name, other in LAYER_KINDS.items() if other.low_bit_weights]
@@ -71,7 +91,11 @@ def allowed_weights(layer: SeenLayer, weights: WeightParams, tell: Tell) -> Weig
 
 def packable_weights(layer: SeenLayer, weights: WeightParams) -> WeightParams:
     """`weights`, with 8 bits for 4 where two weights a byte do not work out; logs that."""
-    if weights.num_bits != 4 or (layer.groups == 1 and layer.in_channels % 2 == 0):
+    if weights.num_bits != 4:
+        return weights
+    if not LAYER_KINDS[layer.kind].weighted:
+        return weights.model_copy(update={"num_bits": 8})
+    if layer.groups == 1 and layer.in_channels % 2 == 0:
         return weights
     reason = (
         f"it has {layer.groups} groups"

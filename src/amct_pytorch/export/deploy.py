@@ -26,7 +26,7 @@ def build_deploy(
     AscendDequant ``L.dequant``. Two AscendQuant on one tensor with equal factors are one.
 
     Args:
-        float_model: float32 ONNX whose Conv, Gemm and MatMul nodes carry the name of their
+        float_model: float32 ONNX whose layers' nodes (see `WRITERS`) carry the name of their
             layer in metadata `amct.layer`; not changed.
         factors: of every layer to quantize, by name; the other layers stay float.
 
@@ -146,8 +146,9 @@ def set_operand(
 
 
 def write_conv(graph: OnnxGraph, layer: IntegerLayer) -> None:
-    """Conv with integer weight and bias."""
+    """Conv or ConvTranspose with integer weight and bias."""
     node = layer.layer.node
+    assert layer.weight is not None
     set_operand(graph, node, 1, layer.layer.weight_name, layer.weight)
     if layer.bias is not None and layer.layer.bias_name is not None:
         set_operand(graph, node, 2, layer.layer.bias_name, layer.bias)
@@ -165,15 +166,22 @@ def write_gemm(graph: OnnxGraph, layer: IntegerLayer) -> None:
 def write_matmul(graph: OnnxGraph, layer: IntegerLayer) -> None:
     """MatMul, and the Add of its integer bias."""
     found = layer.layer
+    assert layer.weight is not None
     set_operand(graph, found.node, 1, found.weight_name, layer.weight)
     if layer.bias is not None and found.bias_name is not None:
         index = list(found.last.input).index(found.bias_name)
         set_operand(graph, found.last, index, found.bias_name, layer.bias)
 
 
+def write_pool(graph: OnnxGraph, layer: IntegerLayer) -> None:
+    """AveragePool as it is: it works on the integers of its input and yields their mean."""
+
+
 # How each operator takes its integers. A new kind of layer is one more row.
 WRITERS: dict[str, Callable[[OnnxGraph, IntegerLayer], None]] = {
     "Conv": write_conv,
+    "ConvTranspose": write_conv,
     "Gemm": write_gemm,
     "MatMul": write_matmul,
+    "AveragePool": write_pool,
 }

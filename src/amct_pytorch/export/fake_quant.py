@@ -13,6 +13,9 @@ from amct_pytorch.export.integer_layer import IntegerLayer
 from amct_pytorch.export.onnx_graph import OnnxGraph
 from amct_pytorch.record.factors import LayerFactors
 
+# Operators whose results have axes behind the one that counts channels.
+CONVOLUTIONS = ("Conv", "ConvTranspose")
+
 
 def build_fake_quant(
     float_model: onnx.ModelProto, factors: Mapping[str, LayerFactors]
@@ -21,7 +24,8 @@ def build_fake_quant(
 
     A layer L becomes Mul(1 / scale_d) -> Round -> Add(offset) -> Clip -> Sub(offset) -> L with
     integer-valued float weights and bias -> Round -> Mul(scale_w * scale_d). The integers
-    stand in ``L.quant.output0`` (input, before Sub) and ``L.round.output0`` (result). They are
+    stand in ``L.quant.output0`` (input, before Sub) and ``L.round.output0`` (result). The mean
+    that an AveragePool yields is no integer and is not rounded. They are
     the deploy model's own as long as no sum leaves float32's exact integers
     (`IntegerLayer.exact_in_float32`).
 
@@ -44,8 +48,9 @@ def _write_layer(graph: OnnxGraph, layer: IntegerLayer) -> None:
 
 
 def _in_float(layer: IntegerLayer) -> IntegerLayer:
+    weight = None if layer.weight is None else layer.weight.astype(np.float32)
     bias = None if layer.bias is None else layer.bias.astype(np.float32)
-    return replace(layer, weight=layer.weight.astype(np.float32), bias=bias)
+    return replace(layer, weight=weight, bias=bias)
 
 
 def _add_quant(graph: OnnxGraph, layer: IntegerLayer) -> str:
@@ -75,11 +80,13 @@ def _add_quant(graph: OnnxGraph, layer: IntegerLayer) -> str:
 def _add_dequant(graph: OnnxGraph, layer: IntegerLayer) -> None:
     name = layer.layer.name
     raw, scaled = split_output(graph, layer, f"{name}.dequant.output0")
-    # Without the Round, ONNX Runtime folds the Mul into the weights.
-    rounded = graph.fresh(f"{name}.round.output0")
-    graph.add("Round", [raw], [rounded], name=graph.fresh(f"{name}.round"))
+    rounded = raw
+    if layer.weight is not None:
+        # Without the Round, ONNX Runtime folds the Mul into the weights.
+        rounded = graph.fresh(f"{name}.round.output0")
+        graph.add("Round", [raw], [rounded], name=graph.fresh(f"{name}.round"))
     scale = layer.dequant_scale
-    if scale.size > 1 and layer.layer.node.op_type == "Conv":
+    if scale.size > 1 and layer.weight is not None and layer.layer.node.op_type in CONVOLUTIONS:
         scale = scale.reshape(-1, *[1] * (layer.weight.ndim - 2))
     elif scale.size == 1:
         scale = scale.reshape(())

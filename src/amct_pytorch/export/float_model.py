@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import copy
+import functools
 import logging
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from amct_pytorch.errors import ArgumentTypeError, ArgumentValueError, ExportError, did_you_mean
 from amct_pytorch.export.layer_nodes import LAYER_KEY
 from amct_pytorch.graph.tensors import ModelInputs, in_own_precision, tensors_in
+from amct_pytorch.graph.trace import Trace
 from amct_pytorch.nn.wrapped import INNER, CompressedLayer, compressed_layers
 
 OPSET = 18
@@ -156,7 +158,7 @@ def export_float(
         # A copy: tracing runs the forward, which may change buffers and attributes.
         with _quiet(), in_own_precision(model):
             program = torch.onnx.export(
-                copy.deepcopy(model),
+                _returning_tensors(copy.deepcopy(model)),
                 _growable(inputs, input_names, dynamic_axes).args,
                 kwargs=inputs.kwargs or None,
                 dynamo=True,
@@ -190,6 +192,38 @@ def export_float(
     proto = ir.to_proto(exported)
     assert isinstance(proto, onnx.ModelProto)
     return proto
+
+
+def _returning_tensors(model: nn.Module) -> nn.Module:
+    """`model`, made to return a flat tuple of its output tensors.
+
+    The exporter does not know the user's own output classes.
+    """
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def flat(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        return tuple(tensors_in(forward(*args, **kwargs)))
+
+    model.forward = flat
+    return model
+
+
+def check_exportable(trace: Trace) -> None:
+    """Refuses what torch's exporter gets wrong without saying so.
+
+    Raises:
+        ExportError: naming the module whose forward does it.
+    """
+    for op in trace.ops:
+        divisor = op.argument(6, "divisor_override") if op.function == "avg_pool2d" else None
+        if divisor is not None:
+            where = op.scopes[-1] if op.scopes else "the model's forward"
+            raise ExportError(
+                f"{where}: avg_pool2d with divisor_override {divisor} cannot be exported: ONNX has "
+                "no such divisor; leave it out and multiply by "
+                "kernel area / divisor_override behind the pool"
+            )
 
 
 def _hint(reason: str) -> str:
@@ -288,7 +322,7 @@ def _fold_pads(model: ir.Model) -> None:
         automatic = node.attributes.get_string("auto_pad", "NOTSET") or "NOTSET"
         if begin[:2].any() or end[:2].any() or (amounts < 0).any() or automatic != "NOTSET":
             continue
-        own = np.array(node.attributes.get_ints("pads", [0] * (2 * (rank - 2))) or [0] * 4)
+        own = np.array(node.attributes.get_ints("pads", None) or [0] * (2 * (rank - 2)))
         total = own + np.concatenate([begin[2:], end[2:]])
         node.attributes.add(ir.AttrInt64s("pads", [int(p) for p in total]))
         node.replace_input_with(0, source)

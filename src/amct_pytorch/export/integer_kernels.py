@@ -21,6 +21,7 @@ from amct_pytorch.export.integer_layer import EXACT_FLOAT32, largest_sum
 from amct_pytorch.export.onnx_graph import OnnxGraph
 from amct_pytorch.export.opset import IR_VERSION, OPSET
 from amct_pytorch.formats.integer import INT8, IntFormat
+from amct_pytorch.graph.weight_layout import WeightLayout
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,16 @@ class IntegerOp:
         return next((int(a.i) for a in self.attributes if a.name == "group"), 1)
 
     @property
-    def out_axis(self) -> int:
-        """Axis of the weights along which sums are separate."""
-        return 0 if self.op_type == "Conv" else 1
+    def layout(self) -> WeightLayout:
+        """Which weights are summed up together."""
+        if self.op_type == "ConvTranspose":
+            return WeightLayout(1, self.groups)
+        return WeightLayout(0 if self.op_type == "Conv" else 1)
 
     def largest_sum(self, weight: np.ndarray | None = None) -> int:
         """Largest |sum| that any input can give with `weight` (default: its own)."""
         weight = self.weight if weight is None else weight
-        return largest_sum(weight, None, self.out_axis, self.offset, self.format.bits)
+        return largest_sum(weight, None, self.layout, self.offset, self.format.bits)
 
 
 @dataclass(frozen=True)
@@ -114,13 +117,15 @@ def exact_parts(op: IntegerOp) -> Iterator[tuple[np.ndarray, int]]:
         if op.largest_sum(weight) <= EXACT_FLOAT32:
             yield weight, factor
             return
-        rows = np.moveaxis(weight, op.out_axis, 0)
+        # Positions that every channel has: the other axes' (of one group).
+        axis = op.layout.out_axis
+        rows = np.moveaxis(weight, axis, 0)
         flat = rows.reshape(rows.shape[0], -1)
         used = np.flatnonzero(flat.any(axis=0))
         for keep in np.array_split(used, 2):
             part = np.zeros_like(flat)
             part[:, keep] = flat[:, keep]
-            yield from halves(np.moveaxis(part.reshape(rows.shape), 0, op.out_axis), factor)
+            yield from halves(np.moveaxis(part.reshape(rows.shape), 0, axis), factor)
 
     yield from halves(high, 16)
     yield from halves(low, 1)

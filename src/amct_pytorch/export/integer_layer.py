@@ -12,8 +12,9 @@ import torch
 
 from amct_pytorch.errors import ExportError, RecordError, did_you_mean
 from amct_pytorch.export.layer_nodes import LayerFinder, LayerNode
-from amct_pytorch.export.onnx_graph import OnnxGraph
+from amct_pytorch.export.onnx_graph import OnnxGraph, attribute
 from amct_pytorch.formats.integer import IntFormat
+from amct_pytorch.graph.weight_layout import WeightLayout
 from amct_pytorch.record.factors import LayerFactors
 
 INT32 = np.iinfo(np.int32)
@@ -27,7 +28,7 @@ class IntegerLayer:
 
     Attributes:
         layer: where the layer is in the float model.
-        weight: int8, in the shape of `layer.weight`.
+        weight: int8, in the shape of `layer.weight`; None for a pool.
         bias: int32 [N], or None.
         inverse_scale: float32 1 / scale_d, the factor of AscendQuant.
         offset: zero point of the input.
@@ -36,7 +37,7 @@ class IntegerLayer:
     """
 
     layer: LayerNode
-    weight: np.ndarray
+    weight: np.ndarray | None
     bias: np.ndarray | None
     inverse_scale: np.float32
     offset: int
@@ -50,7 +51,11 @@ class IntegerLayer:
 
     def largest_sum(self) -> int:
         """Largest |sum| any input can give in any order of adding: at most this."""
-        return largest_sum(self.weight, self.bias, self.layer.out_axis, self.offset)
+        if self.weight is None:
+            # A window of as many values as this would take a pool beyond 2^24.
+            kernel: list[int] = list(attribute(self.layer.node, "kernel_shape", ()))
+            return math.prod(kernel) * self.activation.reach(self.offset)
+        return largest_sum(self.weight, self.bias, self.layer.layout, self.offset)
 
     def exact_in_float32(self) -> bool:
         """Whether float32 arithmetic yields this layer's integers exactly for every input."""
@@ -58,13 +63,11 @@ class IntegerLayer:
 
 
 def largest_sum(
-    weight: np.ndarray, bias: np.ndarray | None, out_axis: int, offset: int, bits: int = 8
+    weight: np.ndarray, bias: np.ndarray | None, layout: WeightLayout, offset: int, bits: int = 8
 ) -> int:
     """max over channels of sum|w| * max|q - offset| + |bias|, as an exact integer."""
-    fmt = IntFormat(bits)
-    reach = max(fmt.qmax - offset, offset - fmt.qmin)
-    axes = tuple(a for a in range(weight.ndim) if a != out_axis)
-    sums = np.abs(weight.astype(np.int64)).sum(axis=axes) * reach
+    sums = np.abs(layout.rows(weight).astype(np.int64)).sum(axis=1)
+    sums = sums * IntFormat(bits).reach(offset)
     if bias is not None:
         sums = sums + np.abs(bias.astype(np.int64))
     return int(sums.max(initial=0))
@@ -106,17 +109,13 @@ def integer_layer(layer: LayerNode, factors: LayerFactors) -> IntegerLayer:
     """
     _check_supported(layer, factors)
     assert factors.scale_d is not None
-    channels = layer.weight.shape[layer.out_axis]
+    channels = 1 if layer.weight is None else layer.layout.channels(layer.weight.shape)
     if len(factors.scale_w) not in (1, channels):
         raise RecordError(
             f"layer {layer.name!r}: the record has {len(factors.scale_w)} values of scale_w; "
             f"1 or {channels} are needed, one for each output channel"
         )
-    scale_w = np.asarray(factors.scale_w, np.float32)
     scale_d = np.float32(factors.scale_d)
-    quantized = IntFormat(factors.weight_bits).quantize(
-        torch.tensor(layer.weight), torch.from_numpy(layer.along_channels(scale_w))
-    )
     product = factors.bias_scale()
     with np.errstate(over="ignore", under="ignore"):
         inverse = np.float32(1) / scale_d
@@ -127,13 +126,24 @@ def integer_layer(layer: LayerNode, factors: LayerFactors) -> IntegerLayer:
         )
     return IntegerLayer(
         layer,
-        quantized.to(torch.int8).numpy(),
+        None if layer.weight is None else _integer_weight(layer, factors),
         None if layer.bias is None else _integer_bias(layer, product),
         inverse,
         factors.offset_d,
         factors.dequant_scale(),
         IntFormat(factors.activation_bits),
     )
+
+
+def _integer_weight(layer: LayerNode, factors: LayerFactors) -> np.ndarray:
+    assert layer.weight is not None
+    scale = np.asarray(factors.scale_w, np.float32)
+    quantized = IntFormat(factors.weight_bits).quantize(
+        torch.tensor(layer.weight),
+        torch.tensor(layer.layout.along_channels(scale, layer.weight.shape)),
+    )
+    integers: np.ndarray = quantized.to(torch.int8).numpy()
+    return integers
 
 
 def _integer_bias(layer: LayerNode, scale: np.ndarray) -> np.ndarray:

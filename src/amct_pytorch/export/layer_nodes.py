@@ -10,8 +10,11 @@ from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from amct_pytorch.errors import ExportError
 from amct_pytorch.export.onnx_graph import OnnxGraph, attribute
+from amct_pytorch.graph.weight_layout import WeightLayout
 
 LAYER_KEY = "amct.layer"
+# Weights [K, N] of a Gemm or MatMul.
+KN = WeightLayout(1)
 
 
 @dataclass(frozen=True)
@@ -20,12 +23,12 @@ class LayerNode:
 
     Attributes:
         name: the layer's dotted module name.
-        node: its Conv, Gemm or MatMul.
+        node: its Conv, ConvTranspose, Gemm, MatMul or AveragePool.
         last: the node that yields the layer's output: `node`, or the Add of a MatMul's bias.
-        weight: float32 weights; Conv [N, C/groups, *kernel], Gemm and MatMul [K, N], with
-            Gemm's alpha worked in.
+        weight: float32 weights; Conv [N, C/groups, *kernel], ConvTranspose [C, N/groups,
+            *kernel], Gemm and MatMul [K, N], with Gemm's alpha worked in; None for a pool.
         bias: float32 [N] with Gemm's beta worked in, or None.
-        out_axis: axis of `weight` that counts output channels.
+        layout: which weights belong to which output channel.
         weight_name: the weight's initializer, or the name of the tensor it is computed into.
         bias_name: the same for the bias, or None.
     """
@@ -33,9 +36,9 @@ class LayerNode:
     name: str
     node: NodeProto
     last: NodeProto
-    weight: np.ndarray
+    weight: np.ndarray | None
     bias: np.ndarray | None
-    out_axis: int
+    layout: WeightLayout
     weight_name: str
     bias_name: str | None
 
@@ -43,12 +46,6 @@ class LayerNode:
     def output(self) -> str:
         """Name of the layer's output tensor."""
         return str(self.last.output[0])
-
-    def along_channels(self, values: np.ndarray) -> np.ndarray:
-        """[N] or [1] values, shaped so that they broadcast over `weight`."""
-        shape = [1] * self.weight.ndim
-        shape[self.out_axis] = -1
-        return values.reshape(shape)
 
 
 def layer_of(node: NodeProto) -> str | None:
@@ -103,8 +100,8 @@ class LayerFinder:
         if len(nodes) != 1:
             found = f"{len(nodes)} nodes" if nodes else "no node"
             raise ExportError(
-                f"layer {name!r}: the ONNX model has {found} for it; exactly one Conv, Gemm or "
-                f"MatMul with metadata {LAYER_KEY} is needed"
+                f"layer {name!r}: the ONNX model has {found} for it; exactly one of "
+                f"{', '.join(_READERS)} with metadata {LAYER_KEY} is needed"
             )
         return _READERS[nodes[0].op_type](self, name, nodes[0])
 
@@ -152,11 +149,28 @@ class LayerFinder:
 
     def conv(self, name: str, node: NodeProto) -> LayerNode:
         """A Conv of any number of dimensions, groups and dilations."""
+        return self._convolution(name, node, WeightLayout(0))
+
+    def conv_transpose(self, name: str, node: NodeProto) -> LayerNode:
+        """A ConvTranspose, likewise."""
+        return self._convolution(name, node, WeightLayout(1, int(attribute(node, "group", 1))))
+
+    def _convolution(self, name: str, node: NodeProto, layout: WeightLayout) -> LayerNode:
         weight = self._weight(name, node)
         _check_rank(name, node, weight, weight.ndim >= 3, "three or more")
+        if weight.shape[0] % layout.stacked:
+            raise ExportError(
+                f"layer {name!r}: its weights of shape {list(weight.shape)} do not part into "
+                f"{layout.stacked} groups"
+            )
         bias_name = node.input[2] if len(node.input) > 2 and node.input[2] else None
-        bias = None if bias_name is None else self._bias(name, bias_name, weight.shape[0])
-        return LayerNode(name, node, node, weight, bias, 0, node.input[1], bias_name)
+        channels = layout.channels(weight.shape)
+        bias = None if bias_name is None else self._bias(name, bias_name, channels)
+        return LayerNode(name, node, node, weight, bias, layout, node.input[1], bias_name)
+
+    def pool(self, name: str, node: NodeProto) -> LayerNode:
+        """An AveragePool, which has no weights."""
+        return LayerNode(name, node, node, None, None, WeightLayout(0), "", None)
 
     def gemm(self, name: str, node: NodeProto) -> LayerNode:
         """A Gemm with the weights as its second operand."""
@@ -172,7 +186,7 @@ class LayerFinder:
         if bias_name is not None:
             beta = np.float32(attribute(node, "beta", 1.0))
             bias = self._bias(name, bias_name, weight.shape[1]) * beta
-        return LayerNode(name, node, node, weight, bias, 1, node.input[1], bias_name)
+        return LayerNode(name, node, node, weight, bias, KN, node.input[1], bias_name)
 
     def matmul(self, name: str, node: NodeProto) -> LayerNode:
         """A MatMul with 2-D weights, and the Add of a 1-D constant behind it if there is one."""
@@ -186,8 +200,8 @@ class LayerFinder:
                 value = self.constant(others[0])
                 if value is not None and value.ndim == 1 and value.size == weight.shape[1]:
                     bias = self._bias(name, others[0], weight.shape[1])
-                    return LayerNode(name, node, add, weight, bias, 1, node.input[1], others[0])
-        return LayerNode(name, node, node, weight, None, 1, node.input[1], None)
+                    return LayerNode(name, node, add, weight, bias, KN, node.input[1], others[0])
+        return LayerNode(name, node, node, weight, None, KN, node.input[1], None)
 
 
 def _check_rank(layer: str, node: NodeProto, weight: np.ndarray, fits: bool, allowed: str) -> None:
@@ -201,6 +215,8 @@ def _check_rank(layer: str, node: NodeProto, weight: np.ndarray, fits: bool, all
 # How each operator that a layer may become is read. A new kind of layer is one more row.
 _READERS: dict[str, Callable[[LayerFinder, str, NodeProto], LayerNode]] = {
     "Conv": LayerFinder.conv,
+    "ConvTranspose": LayerFinder.conv_transpose,
     "Gemm": LayerFinder.gemm,
     "MatMul": LayerFinder.matmul,
+    "AveragePool": LayerFinder.pool,
 }

@@ -16,6 +16,7 @@ from amct_pytorch.export.onnx_file import load_onnx, save_onnx
 from amct_pytorch.export.opset import IR_VERSION
 from amct_pytorch.export.qdq_plan import WHOLE, Closing, Code, QdqPlan, read_extra_ranges
 from amct_pytorch.files import PathLike, check_distinct, check_writable
+from amct_pytorch.graph.weight_layout import WeightLayout
 
 log = logging.getLogger("amct_pytorch")
 
@@ -176,8 +177,7 @@ class _QdqWriter:
             factor = self._constant(f"{stem}.scale", self._shaped(scale_w), np.float32)
             graph.add("Mul", [pooled, factor], [layer.output], name=f"{stem}.mul")
             return
-        axis = WEIGHTED[node.op_type]
-        inputs = [source, self._dequantized(layer.weight, scale_w, axis, f"{stem}.weight")]
+        inputs = [source, self._weight(layer, scale_w)]
         attributes = [a for a in node.attribute if a.name != "transB"]
         if layer.bias is None:
             graph.add(node.op_type, inputs, [layer.output], name=stem).attribute.extend(attributes)
@@ -192,6 +192,18 @@ class _QdqWriter:
             return
         inputs.append(self._dequantized(bias, scale_w * input_scale, 0, f"{stem}.bias"))
         graph.add(node.op_type, inputs, [layer.output], name=stem).attribute.extend(attributes)
+
+    def _weight(self, layer: DeployLayer, scale: np.ndarray) -> str:
+        """The layer's weights, dequantized."""
+        assert layer.weight is not None
+        name, axis = f"{layer.name}.weight", WEIGHTED[layer.node.op_type]
+        if layer.node.op_type == "ConvTranspose" and layer.groups > 1 and scale.size > 1:
+            # One axis counts the channels of one group only, so no DequantizeLinear has a
+            # scale for each channel.
+            layout = WeightLayout(axis, layer.groups)
+            floats = layer.weight * layout.along_channels(scale, layer.weight.shape)
+            return self._constant(name, floats, np.float32)
+        return self._dequantized(layer.weight, scale, axis, name)
 
     def _shaped(self, scale: np.ndarray) -> np.ndarray:
         return scale.reshape(()) if scale.size == 1 else scale.reshape(-1, 1, 1)

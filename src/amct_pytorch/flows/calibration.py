@@ -89,7 +89,7 @@ class Calibration:
     def initial_factors(self) -> dict[str, LayerFactors]:
         """The factors that are known before any batch: those of the weights."""
         return {
-            name: weight_factors(name, self._config, layer.kind, layer.weight)
+            name: weight_factors(name, self._config, layer.layout, layer.weight)
             for name, layer in self._layers.items()
         }
 
@@ -185,7 +185,7 @@ class Calibration:
         changes = {}
         for name, found in operands.items():
             layer, mean_input = self._layers[name], self._observe.statistics[name].mean_input
-            if mean_input is None:
+            if mean_input is None or layer.layout is None:
                 continue
             call = self._observe.calls[name]
             limit = bias_limit(found.bias_scale)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from amct_pytorch.config.models import CalibrationConfig
 from amct_pytorch.flows.calibration import CalibrationResult
-from amct_pytorch.graph.layers import SeenLayer
+from amct_pytorch.graph.layers import LAYER_KINDS, SeenLayer
 from amct_pytorch.graph.look import ModelGraph
 from amct_pytorch.report.ledger import LayerEntry, Ledger, decibels
 
@@ -51,7 +51,7 @@ def calibration_ledger(
 
 
 def _parameters(layer: SeenLayer) -> int:
-    return math.prod(layer.weight_shape)
+    return math.prod(layer.weight_shape) if layer.weight_shape else 0
 
 
 def _left_alone(
@@ -81,10 +81,11 @@ def _quantized(layer: SeenLayer, fused: Mapping[str, str], result: CalibrationRe
         input_scale=factors.scale_d,
         input_offset=factors.offset_d,
         input_range=(observed.low, observed.high),
-        weight_bits=factors.weight_bits,
-        weight_scales=len(factors.scale_w),
-        weight_scale_range=(min(factors.scale_w), max(factors.scale_w)),
     )
+    if LAYER_KINDS[layer.kind].weighted:
+        entry.weight_bits = factors.weight_bits
+        entry.weight_scales = len(factors.scale_w)
+        entry.weight_scale_range = (min(factors.scale_w), max(factors.scale_w))
     widened = result.widened.get(layer.name, 0)
     if widened:
         entry.notes.append(f"{widened} weight scales widened to keep the integer bias in range")
@@ -95,6 +96,6 @@ def _quantized(layer: SeenLayer, fused: Mapping[str, str], result: CalibrationRe
     entry.cosine = errors.final.cosine
     entry.sqnr_db_uncorrected = decibels(errors.uncorrected.sqnr_db)
     entry.bias_corrected = errors.corrected
-    if not errors.corrected and result.corrects:
+    if not errors.corrected and result.corrects and LAYER_KINDS[layer.kind].weighted:
         entry.notes.append("bias correction taken back: it made this layer's error larger")
     return entry

@@ -136,7 +136,12 @@ def quantize_model(
             nothing is written then.
     """
     from amct_pytorch.export.deploy import EXTRA_RANGES
-    from amct_pytorch.export.float_model import check_names, check_output_count, export_float
+    from amct_pytorch.export.float_model import (
+        check_exportable,
+        check_names,
+        check_output_count,
+        export_float,
+    )
     from amct_pytorch.export.onnx_file import save_onnx
 
     start_logging(to_file=False)
@@ -151,6 +156,7 @@ def quantize_model(
     started = time.perf_counter()
     graph = look_at(model, inputs)
     check_output_count(output_names, len(graph.trace.outputs))
+    check_exportable(graph.trace)
     start_logging(to_file=True)
     config = load_calibration_json(config_file, graph.layers, graph.module_names)
     check_available(config, str(config_file))
@@ -173,7 +179,7 @@ def quantize_model(
         started = time.perf_counter()
         ledger = calibration_ledger(graph, config, fused, result, seconds | result.seconds)
         layers = compressed_layers(instrumented)
-        biases = {name: layers[name].bias for name in result.factors}
+        biases = {name: layers[name].bias for name in result.factors if layers[name].layout}
         metadata = {
             FINGERPRINT_KEY: fingerprint(result.factors),
             LEDGER_KEY: ledger.to_json(),

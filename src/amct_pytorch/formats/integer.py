@@ -106,6 +106,10 @@ class IntFormat(NumberFormat):
         nothing = torch.full_like(offset, 0 if symmetric else self.qmin)
         return scale, torch.where(empty, nothing, offset).to(torch.int32)
 
+    def reach(self, offset: int) -> int:
+        """Largest |q - offset| of any integer q."""
+        return max(self.qmax - offset, offset - self.qmin)
+
     def quantize(self, x: Tensor, scale: Tensor, offset: Tensor | int = 0) -> Tensor:
         """Integer values of `x`: clip(round(x / scale) + offset).
 

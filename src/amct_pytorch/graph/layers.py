@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from torch import nn
+
+from amct_pytorch.graph.weight_layout import WeightLayout
+
+
+def _conv3d_limits(module: nn.Module) -> str | None:
+    dilation = getattr(module, "dilation", (1,))[0]
+    return None if dilation == 1 else f"its dilation in depth is {dilation}; supported is 1"
+
+
+def _avg_pool_limits(module: nn.Module) -> str | None:
+    divisor = getattr(module, "divisor_override", None)
+    return None if divisor is None else f"it has divisor_override {divisor}, which ONNX lacks"
 
 
 @dataclass(frozen=True)
@@ -17,42 +30,83 @@ class LayerKind:
         module_class: instances of it (subclasses too) are layers of this kind.
         functions: names of the torch functions one forward of such a layer calls exactly once.
         onnx_ops: op types that the exported call may have.
-        out_axis: axis of the weight that counts output channels.
-        channel_axis: axis of the layer's input *and* output that counts channels.
-        channel_wise_default: whether weights get one scale per output channel by default.
-        channel_wise_allowed: whether they may.
-        low_bit_weights: whether 6- and 7-bit weights are defined for it.
         input_ranks: smallest and largest number of input dimensions.
+        channel_axis: axis of the layer's input *and* output that counts channels.
+        out_axis: axis of the weight that counts output channels (those of one group where
+            the layer is `transposed`); None for a layer without weights.
+        transposed: whether the weight is that of a transposed convolution.
+        channel_wise: whether weights may have, and by default get, one scale per output
+            channel.
+        low_bit_weights: whether 6- and 7-bit weights are defined for it.
+        symmetric_inputs: whether its input never gets a zero point.
+        limits: the reason why a module of the kind cannot be quantized, or None.
     """
 
     name: str
     module_class: type[nn.Module]
     functions: tuple[str, ...]
     onnx_ops: tuple[str, ...]
-    out_axis: int
-    channel_axis: int
-    channel_wise_default: bool
-    channel_wise_allowed: bool
-    low_bit_weights: bool
     input_ranks: tuple[int, int]
+    channel_axis: int = 1
+    out_axis: int | None = 0
+    transposed: bool = False
+    channel_wise: bool = True
+    low_bit_weights: bool = False
+    symmetric_inputs: bool = False
+    limits: Callable[[nn.Module], str | None] = lambda module: None
+
+    @property
+    def weighted(self) -> bool:
+        """Whether the layer has weights and a bias, and is linear in its input."""
+        return self.out_axis is not None
+
+    def layout(self, groups: int) -> WeightLayout:
+        """How the weight of a layer of this kind with so many groups is laid out."""
+        assert self.out_axis is not None
+        return WeightLayout(self.out_axis, groups if self.transposed else 1)
 
 
 LAYER_KINDS: MappingProxyType[str, LayerKind] = MappingProxyType(
     {
         kind.name: kind
         for kind in (
-            LayerKind("Conv2d", nn.Conv2d, ("conv2d",), ("Conv",), 0, 1, True, True, True, (4, 4)),
+            LayerKind("Conv2d", nn.Conv2d, ("conv2d",), ("Conv",), (4, 4), low_bit_weights=True),
+            LayerKind(
+                "Conv3d",
+                nn.Conv3d,
+                ("conv3d",),
+                ("Conv",),
+                (5, 5),
+                symmetric_inputs=True,
+                limits=_conv3d_limits,
+            ),
+            LayerKind(
+                "ConvTranspose2d",
+                nn.ConvTranspose2d,
+                ("conv_transpose2d",),
+                ("ConvTranspose",),
+                (4, 4),
+                out_axis=1,
+                transposed=True,
+            ),
             LayerKind(
                 "Linear",
                 nn.Linear,
                 ("linear",),
                 ("Gemm", "MatMul"),
-                0,
-                -1,
-                False,
-                False,
-                False,
                 (2, 6),
+                channel_axis=-1,
+                channel_wise=False,
+            ),
+            LayerKind(
+                "AvgPool2d",
+                nn.AvgPool2d,
+                ("avg_pool2d",),
+                ("AveragePool",),
+                (4, 4),
+                out_axis=None,
+                channel_wise=False,
+                limits=_avg_pool_limits,
             ),
         )
     }
@@ -67,9 +121,9 @@ class SeenLayer:
         name: dotted module path, e.g. ``layer1.0.conv1``.
         kind: key of `LAYER_KINDS`.
         reason: why it cannot be quantized, as one sentence for the user; None if it can.
-        in_channels: Cin (for a convolution over all groups together).
-        groups: groups of a convolution, 1 for Linear.
-        weight_shape: shape of the weight operand of its call.
+        in_channels: Cin (for a convolution over all groups together; 0 without weights).
+        groups: groups of a convolution, 1 for other layers.
+        weight_shape: shape of the weight operand of its call; empty without weights.
         input_shape: shape of the call's data operand; empty if there was no single call.
     """
 

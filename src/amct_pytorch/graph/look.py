@@ -233,10 +233,26 @@ def _why_not(
     for scope in call.scopes[call.scopes.index(path) + 1 :]:
         if kind_of(module.get_submodule(scope[len(path) + 1 :])) is not None:
             return f"its call is made by layer {scope!r} inside it"
-    weight = call.argument(1, "weight")
     x = call.argument(0, "input")
-    if not isinstance(weight, Operand) or not isinstance(x, Operand):
-        return "its call has no tensor as weight or as input"
+    if not isinstance(x, Operand):
+        return "its call has no tensor as input"
+    unusable = _why_not_its_weight(module, call, trace) if kind.weighted else None
+    if unusable is not None:
+        return unusable
+    if getattr(module, "padding_mode", "zeros") != "zeros":
+        return f"padding_mode is {getattr(module, 'padding_mode', None)!r}; supported is 'zeros'"
+    rank = len(x.shape)
+    low, high = kind.input_ranks
+    if not low <= rank <= high:
+        allowed = f"{low}-D" if low == high else f"{low}-D to {high}-D"
+        return f"its input is {rank}-D; supported is {allowed}"
+    return kind.limits(module)
+
+
+def _why_not_its_weight(module: nn.Module, call: OpCall, trace: Trace) -> str | None:
+    weight = call.argument(1, "weight")
+    if not isinstance(weight, Operand):
+        return "its call has no tensor as weight"
     dtype = getattr(module.weight, "dtype", torch.float32)
     if dtype not in SUPPORTED_DTYPES:
         return f"its weight is {dtype}; supported in this version is torch.float32"
@@ -245,13 +261,6 @@ def _why_not(
     others = [op for op in trace.consumers(weight.value) if op.index != call.index]
     if weight.parameter is not None and others:
         return f"reused layer: its weight is also read by {others[0].function}"
-    if getattr(module, "padding_mode", "zeros") != "zeros":
-        return f"padding_mode is {getattr(module, 'padding_mode', None)!r}; supported is 'zeros'"
-    rank = len(x.shape)
-    low, high = kind.input_ranks
-    if not low <= rank <= high:
-        allowed = f"{low}-D" if low == high else f"{low}-D to {high}-D"
-        return f"its input is {rank}-D; supported is {allowed}"
     return None
 
 
@@ -259,14 +268,16 @@ def _describe(
     path: str, module: nn.Module, kind: LayerKind, reason: str | None, calls: list[OpCall]
 ) -> SeenLayer:
     groups = int(getattr(module, "groups", 1))
+    x = calls[0].argument(0, "input") if len(calls) == 1 else None
+    input_shape = x.shape if isinstance(x, Operand) else ()
+    if not kind.weighted:
+        return SeenLayer(path, kind.name, reason, 0, groups, (), input_shape)
     weight = calls[0].argument(1, "weight") if len(calls) == 1 else None
     if isinstance(weight, Operand):
         shape = weight.shape
     else:
         shape = tuple(getattr(module, "weight", None).shape)  # type: ignore[union-attr]
     in_channels = int(getattr(module, "in_channels", getattr(module, "in_features", 0)))
-    x = calls[0].argument(0, "input") if len(calls) == 1 else None
-    input_shape = x.shape if isinstance(x, Operand) else ()
     return SeenLayer(path, kind.name, reason, in_channels, groups, shape, input_shape)
 
 
@@ -275,7 +286,7 @@ def _find_fusable_norms(model: nn.Module, trace: Trace, calls: dict[str, OpCall]
     found = {}
     for path, call in calls.items():
         kind = LAYER_KINDS[next(k for k, v in LAYER_KINDS.items() if call.function in v.functions)]
-        if kind.channel_axis != 1:
+        if kind.channel_axis != 1 or not kind.weighted:
             continue
         (value,) = call.outputs
         readers = trace.consumers(value)

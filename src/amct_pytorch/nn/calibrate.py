@@ -52,7 +52,7 @@ class Observe(Stage):
         """The float result."""
         statistics = self.statistics[layer.name]
         self._count(statistics.inputs, call.x, f"the input of layer {layer.name!r}")
-        if statistics.mean_input is not None:
+        if statistics.mean_input is not None and layer.layout is not None:
             statistics.mean_input.update(call.x, channels_last=layer.kind.channel_axis == -1)
         self.calls[layer.name] = replace(call, x=call.x.new_empty(0))
         y = call.run(call.x, layer.weight, layer.bias)

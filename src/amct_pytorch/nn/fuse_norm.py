@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from amct_pytorch.graph.weight_layout import WeightLayout
 from amct_pytorch.nn.intercept import LayerCall
 from amct_pytorch.nn.wrapped import Wrapped
 
@@ -26,7 +27,7 @@ class SkippedNorm(Wrapped):
 
 
 def fuse_norm(
-    weight: Tensor, bias: Tensor | None, norm: _BatchNorm, out_axis: int
+    weight: Tensor, bias: Tensor | None, norm: _BatchNorm, layout: WeightLayout
 ) -> tuple[Tensor, Tensor]:
     """Weight and bias of a layer with the BatchNorm behind it folded in.
 
@@ -38,8 +39,6 @@ def fuse_norm(
     gamma = torch.ones_like(mean) if norm.weight is None else norm.weight.double()
     beta = torch.zeros_like(mean) if norm.bias is None else norm.bias.double()
     factor = gamma / torch.sqrt(variance + norm.eps)
-    shape = [1] * weight.dim()
-    shape[out_axis] = -1
     shift = -mean if bias is None else bias.double() - mean
-    fused = (weight.double() * factor.view(shape)).to(weight.dtype)
+    fused = (weight.double() * layout.along_channels(factor, weight.shape)).to(weight.dtype)
     return fused, (shift * factor + beta).to(weight.dtype)

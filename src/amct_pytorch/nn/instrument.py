@@ -66,13 +66,13 @@ def instrument(
         if norm_name is not None:
             norm = copied.get_submodule(norm_name)
             assert isinstance(norm, _BatchNorm)
-            fused_weight, bias = fuse_norm(weight, bias, norm, kind.out_axis)
+            fused_weight, bias = fuse_norm(weight, bias, norm, kind.layout(layer.groups))
             _check_finite(f"{layer.name} with {norm_name} fused", fused_weight, bias)
             with torch.no_grad():
                 weight.copy_(fused_weight)
             replacements[norm] = SkippedNorm(norm)
         module = copied.get_submodule(layer.name)
-        replacements[module] = CompressedLayer(layer.name, kind, module, weight, bias)
+        replacements[module] = CompressedLayer(layer.name, kind, module, weight, bias, layer.groups)
     replace_modules(copied, replacements)
     _check_same(original, _outputs(copy.deepcopy(copied), inputs))
     return copied
@@ -102,10 +102,13 @@ def _check_same(original: list[Tensor], instrumented: list[Tensor]) -> None:
 def _operands(
     model: nn.Module, graph: ModelGraph, layers: Iterable[SeenLayer]
 ) -> dict[str, tuple[Tensor, Tensor | None]]:
-    """Weight and bias operand of each layer's call, where both are parameters."""
+    """Weight and bias operand of each layer's call, where both are parameters or there are none."""
     parameters = dict(model.named_parameters())
     found: dict[str, tuple[Tensor, Tensor | None]] = {}
     for layer in layers:
+        if not LAYER_KINDS[layer.kind].weighted:
+            found[layer.name] = (torch.empty(0), None)
+            continue
         call = graph.calls[layer.name]
         weight, bias = call.argument(1, "weight"), call.argument(2, "bias")
         names = [op.parameter for op in (weight, bias) if isinstance(op, Operand)]
@@ -122,6 +125,7 @@ class _Capture(Wrapped):
 
     def answer(self, call: LayerCall) -> Tensor:
         bias = None if call.bias is None else call.bias.detach().clone()
+        assert call.weight is not None
         self.operands = (call.weight.detach().clone(), bias)
         return call.run(call.x, call.weight, call.bias)
 

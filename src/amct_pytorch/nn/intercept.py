@@ -9,23 +9,27 @@ from typing import Any
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+# Functions of layers without weights: their arguments behind the data are settings.
+UNWEIGHTED = frozenset({"avg_pool2d"})
+
 
 @dataclass(frozen=True)
 class LayerCall:
-    """One call of conv2d, linear, … with its operands told apart.
+    """One call of conv2d, linear, avg_pool2d, … with its operands told apart.
 
     Attributes:
         function: the torch function.
         x: the data operand, as the layer's own forward made it (padded, say).
-        weight: the weight operand, which need not be the layer's parameter.
+        weight: the weight operand, which need not be the layer's parameter; None if the
+            function takes none.
         bias: the bias operand or None.
-        args: positional arguments behind the bias.
-        kwargs: keyword arguments other than the three operands.
+        args: positional arguments behind the operands.
+        kwargs: keyword arguments other than the operands.
     """
 
     function: Callable[..., Tensor]
     x: Tensor
-    weight: Tensor
+    weight: Tensor | None
     bias: Tensor | None
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -36,15 +40,18 @@ class LayerCall:
     ) -> LayerCall:
         """Tells the operands of ``function(input, weight, bias, ...)`` apart."""
         rest = dict(kwargs)
+        unweighted = getattr(function, "__name__", "") in UNWEIGHTED
+        names = ("input",) if unweighted else ("input", "weight", "bias")
         operands = [
-            args[i] if i < len(args) else rest.pop(name, None)
-            for i, name in enumerate(("input", "weight", "bias"))
+            args[i] if i < len(args) else rest.pop(name, None) for i, name in enumerate(names)
         ]
-        return cls(function, operands[0], operands[1], operands[2], tuple(args[3:]), rest)
+        x, weight, bias = operands if len(operands) > 1 else (operands[0], None, None)
+        return cls(function, x, weight, bias, tuple(args[len(names) :]), rest)
 
-    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The same call on other operands."""
-        return self.function(x, weight, bias, *self.args, **self.kwargs)
+    def run(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """The same call on other operands; without weights, on another input."""
+        operands = (x,) if self.weight is None else (x, weight, bias)
+        return self.function(*operands, *self.args, **self.kwargs)
 
 
 class CallInterceptor(TorchFunctionMode):

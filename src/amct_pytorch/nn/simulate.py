@@ -73,7 +73,8 @@ class IntegerOperands:
         # Integers up to 2^24 are exact in float32 and in nothing that autocast would choose.
         with torch.autocast(call.x.device.type, enabled=False):
             sums = call.run(self.quantized_input(call.x), self.weight, self.bias.float())
-        return sums.mul_(layer.per_channel(self.dequant_scale, sums)).to(call.x.dtype)
+        scale = layer.per_channel(self.dequant_scale.to(sums.device), sums)
+        return sums.mul_(scale).to(call.x.dtype)
 
 
 def integer_bias(bias: Tensor, bias_scale: Tensor) -> Tensor:

@@ -72,20 +72,28 @@ class CompressedLayer(Wrapped):
         name: the layer's dotted path.
         kind: its row of the layer table.
         layer: the user's module.
-        weight: weight operand of its call.
+        weight: weight operand of its call; empty for a layer without weights.
         bias: bias operand or None, which becomes zeros so that a correction has a place.
+        groups: groups of a convolution.
     """
 
     weight: nn.Parameter
     bias: nn.Parameter
 
     def __init__(
-        self, name: str, kind: LayerKind, layer: nn.Module, weight: Tensor, bias: Tensor | None
+        self,
+        name: str,
+        kind: LayerKind,
+        layer: nn.Module,
+        weight: Tensor,
+        bias: Tensor | None,
+        groups: int = 1,
     ) -> None:
+        layout = kind.layout(groups) if kind.weighted else None
         own_weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight)
         own_weight.requires_grad_(False)
         if bias is None:
-            bias = weight.new_zeros(weight.shape[kind.out_axis])
+            bias = weight.new_zeros(layout.channels(weight.shape) if layout else 0)
         super().__init__(
             layer,
             kind.functions,
@@ -94,6 +102,7 @@ class CompressedLayer(Wrapped):
         )
         self.name = name
         self.kind = kind
+        self.layout = layout
         self.stage: Stage | None = None
 
     def per_channel(self, values: Tensor, x: Tensor) -> Tensor:
@@ -104,9 +113,9 @@ class CompressedLayer(Wrapped):
 
     def per_output(self, values: Tensor) -> Tensor:
         """One value (or one per output channel), shaped to broadcast over the weight."""
-        shape = [1] * self.weight.dim()
-        shape[self.kind.out_axis] = -1
-        return values.view(shape)
+        if self.layout is None:
+            return values
+        return self.layout.along_channels(values, self.weight.shape)
 
     def answer(self, call: LayerCall) -> Tensor:
         """The call on the toolkit's operands, by the stage if there is one."""

@@ -30,13 +30,14 @@ def _row(entry: LayerEntry) -> tuple[str, ...]:
     if entry.status != "quantized":
         return (entry.name, entry.type, "float", "", "", "", "", entry.reason or "")
     per = "channel" if (entry.weight_scales or 1) > 1 else "tensor"
+    weights = f"int{entry.weight_bits}/{per}" if entry.weight_scales else "none"
     notes = list(entry.notes)
     if entry.fused:
         notes.insert(0, f"+{entry.fused}")
     return (
         entry.name,
         entry.type,
-        f"int{entry.weight_bits}/{per}",
+        weights,
         _number(entry.input_scale, ".4g"),
         _number(entry.input_offset, "d"),
         "exact"
