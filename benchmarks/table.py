@@ -29,11 +29,11 @@ def markdown(document: dict) -> str:
 
 def write(document: dict) -> None:
     """Put the tables into both READMEs."""
-    _replace(HERE / "README.md", "results", markdown(document))
-    _replace(ROOT / "README.md", "measured", short_table(document))
+    replace(HERE / "README.md", "results", markdown(document))
+    replace(ROOT / "README.md", "measured", short_table(document))
 
 
-def _replace(file: Path, marker: str, text: str) -> None:
+def replace(file: Path, marker: str, text: str) -> None:
     """Replace what stands between the two comments of that name."""
     begin, end = f"<!-- {marker}: begin -->", f"<!-- {marker}: end -->"
     before, found_begin, rest = file.read_text().partition(begin)
@@ -70,7 +70,7 @@ def _main_table(results: dict) -> str:
         "int8 file MB",
     )
     rows = [row for c in [*OURS[:1], *PEERS] if _has(results, c) for row in _rows(c, results)]
-    return _table(header, rows)
+    return lines(header, rows)
 
 
 def _rows(contender: Contender, results: dict) -> Iterator[tuple[str, ...]]:
@@ -118,7 +118,7 @@ def _floors(results: dict) -> str:
             rows.append(
                 (contender.label, f"{call['wall_s']:.2f}", f"{call['cpu_s']:.2f}", f"{peak:.0f}")
             )
-    return _table(header, rows)
+    return lines(header, rows)
 
 
 def _ours(results: dict) -> str:
@@ -146,7 +146,7 @@ def _ours(results: dict) -> str:
     )
     peaks = [f"{results[c.name]['memory']['peak_mb']:.0f} MB" for c in present]
     rows.append(("peak memory", *peaks))
-    return _table(header, rows)
+    return lines(header, rows)
 
 
 def _cpu_seconds(results: dict, name: str, phase: str = "call") -> float:
@@ -173,7 +173,7 @@ def short_table(document: dict) -> str:
             )
     header = ("EfficientNet-Lite0, int8", "logits SQNR dB", "top-1 agreement", "speed-up")
     return (
-        f"{_setting(document)}\n\n{_table(header, rows)}\n\n"
+        f"{_setting(document)}\n\n{lines(header, rows)}\n\n"
         "Speed-up: float over int8 latency in ONNX Runtime, one image, one thread, with exact "
         "kernels (in brackets: with kernels that clip on this CPU). More, and how it is measured: "
         "[benchmarks/README.md](benchmarks/README.md)."
@@ -203,9 +203,10 @@ def _has(results: dict, contender: Contender) -> bool:
     return "phases" in results.get(contender.name, {})
 
 
-def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    lines = [header, tuple("---" for _ in header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def lines(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    """A Markdown table."""
+    all_rows = [header, tuple("---" for _ in header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in all_rows)
 
 
 if __name__ == "__main__":

@@ -226,3 +226,22 @@ def test_tensors_not_stored_raw(tmp_path):
     assert (
         numpy_helper.to_array(load_onnx(tmp_path / "model.onnx").graph.initializer[-1])[299] == 299
     )
+
+
+@pytest.mark.parametrize("size", [1, 40, 5_000, 600_000])
+def test_a_model_written_tensor_by_tensor_reads_as_the_same_message(tmp_path, size):
+    # Lengths of one to four varint bytes, and parts of the model before and behind its graph.
+    model = onnx.ModelProto(ir_version=8, producer_name="x" * 200, doc_string="doc")
+    model.opset_import.add(domain="", version=18)
+    model.metadata_props.add(key="key", value="value")
+    model.graph.name = "main"
+    model.graph.node.add(op_type="Add", input=["a", "b"], output=["c"], name="add")
+    for name in ("a", "b"):
+        values = np.full(size, 3.5, np.float32)
+        model.graph.initializer.append(numpy_helper.from_array(values, name))
+    model.graph.output.add(name="c")
+    file = tmp_path / "model.onnx"
+    save_onnx(model, file)
+    read = onnx.ModelProto.FromString(file.read_bytes())
+    assert read == model
+    assert file.stat().st_size == model.ByteSize()

@@ -68,7 +68,7 @@ def rewritten(
     plain, opset = plain_model(float_model)
     graph = OnnxGraph(plain)
     quantized: dict[tuple[str, bytes, int, str], str] = {}
-    for layer in integer_layers(LayerFinder(graph), factors).values():
+    for layer in integer_layers(LayerFinder(graph), factors):
         node = layer.layer.node
         key = (str(node.input[0]), *layer.quantizer)
         if key not in quantized:

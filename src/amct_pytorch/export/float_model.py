@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import copy
 import functools
 import logging
 import warnings
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 from amct_pytorch.errors import ArgumentTypeError, ArgumentValueError, ExportError, did_you_mean
 from amct_pytorch.export.layer_nodes import LAYER_KEY
+from amct_pytorch.graph.look import copy_sharing_weights
 from amct_pytorch.graph.tensors import ModelInputs, in_own_precision, tensors_in
 from amct_pytorch.graph.trace import Trace
 from amct_pytorch.nn.wrapped import INNER, CompressedLayer, compressed_layers
@@ -158,7 +158,7 @@ def export_float(
         # A copy: tracing runs the forward, which may change buffers and attributes.
         with _quiet(), in_own_precision(model):
             program = torch.onnx.export(
-                _returning_tensors(copy.deepcopy(model)),
+                _returning_tensors(copy_sharing_weights(model)),
                 _growable(inputs, input_names, dynamic_axes).args,
                 kwargs=inputs.kwargs or None,
                 dynamo=True,

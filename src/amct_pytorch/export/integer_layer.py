@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -210,8 +210,8 @@ def check_factors(factors: Mapping[str, LayerFactors], known: Iterable[str]) -> 
 
 def integer_layers(
     finder: LayerFinder, factors: Mapping[str, LayerFactors]
-) -> dict[str, IntegerLayer]:
-    """Every layer that has factors, in the order of the model.
+) -> Iterator[IntegerLayer]:
+    """Every layer that has factors, in the order of the model, one at a time.
 
     Args:
         finder: knows the layers of the float model.
@@ -222,11 +222,9 @@ def integer_layers(
         ExportError: a layer cannot be turned into integers.
     """
     check_factors(factors, finder.names)
-    return {
-        name: integer_layer(finder.find(name), factors[name])
-        for name in finder.names
-        if name in factors
-    }
+    for name in finder.names:
+        if name in factors:
+            yield integer_layer(finder.find(name), factors[name])
 
 
 def inexact_in_float32(
@@ -242,4 +240,4 @@ def inexact_in_float32(
         RecordError, ExportError: see `integer_layers`.
     """
     layers = integer_layers(LayerFinder(OnnxGraph(model)), factors)
-    return frozenset(name for name, layer in layers.items() if not layer.exact_in_float32())
+    return frozenset(layer.layer.name for layer in layers if not layer.exact_in_float32())

@@ -113,7 +113,39 @@ def save_onnx(
         files.write(file.parent / name, _raw_data(tensor), what=what, announce=False)
     if parts:
         files.retire(file)
-    return files.write(file, model.SerializeToString(), what=what, announce=announce)
+    return files.write(file, lambda target: _write(model, target), what=what, announce=announce)
+
+
+def _write(model: onnx.ModelProto, target: Path) -> None:
+    """Writes the message one tensor at a time: serialized as a whole, it would be there twice.
+
+    On the wire a message is its fields one after the other, in any order, and a field that is a
+    message is a tag, the number of its bytes, and these (protobuf's encoding guide).
+    """
+    head, graph = onnx.ModelProto(), onnx.GraphProto()
+    _copy_fields(model, head, but="graph")
+    _copy_fields(model.graph, graph, but="initializer")
+    sizes = [tensor.ByteSize() for tensor in model.graph.initializer]
+    marks = [_mark(onnx.GraphProto.INITIALIZER_FIELD_NUMBER, size) for size in sizes]
+    length = graph.ByteSize() + sum(sizes) + sum(map(len, marks))
+    with target.open("wb") as file:
+        file.write(head.SerializeToString())
+        file.write(_mark(onnx.ModelProto.GRAPH_FIELD_NUMBER, length))
+        file.write(graph.SerializeToString())
+        for mark, tensor in zip(marks, model.graph.initializer, strict=True):
+            file.write(mark)
+            file.write(tensor.SerializeToString())
+
+
+def _mark(field: int, length: int) -> bytes:
+    """Tag of a length-delimited field, and its length, both as varints."""
+    mark = bytearray()
+    for value in (field << 3 | 2, length):
+        while value > 0x7F:
+            mark.append(value & 0x7F | 0x80)
+            value >>= 7
+        mark.append(value)
+    return bytes(mark)
 
 
 def _split(

@@ -232,7 +232,8 @@ class OnnxGraph:
     def model(self, *, opset: int, ir_version: int) -> onnx.ModelProto:
         """The edited model, nodes in topological order, names and doc strings only of this graph.
 
-        Metadata of nodes, values, tensors, graph and model are left out.
+        Metadata of nodes, values, tensors, graph and model are left out. The graph's tensors are
+        handed over, so that they are not there twice: it has none afterwards.
         """
         self.remove_unused()
         made = {name for node in self.nodes for name in node.output}
@@ -240,8 +241,8 @@ class OnnxGraph:
         for node in topological_order(self.nodes):
             _strip_node(node)
             graph.node.append(node)
-        for tensor in self.initializers.values():
-            graph.initializer.append(tensor)
+        for name in list(self.initializers):
+            graph.initializer.append(self.initializers.pop(name))
             _strip(graph.initializer[-1])
         for value in self.inputs:
             graph.input.append(value)

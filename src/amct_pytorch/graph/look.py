@@ -115,6 +115,14 @@ def copy_model(model: nn.Module) -> nn.Module:
         ) from error
 
 
+def copy_sharing_weights(model: nn.Module) -> nn.Module:
+    """A copy with the same parameters, for one run of a model of the toolkit's own.
+
+    Buffers and attributes, which a forward may change, are copies.
+    """
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
 def look_at(model: nn.Module, inputs: ModelInputs) -> ModelGraph:
     """Runs a copy of `model` once on `inputs` and reports its layers.
 

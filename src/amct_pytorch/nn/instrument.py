@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -11,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from amct_pytorch.errors import ModelError
 from amct_pytorch.graph.layers import LAYER_KINDS, SeenLayer
-from amct_pytorch.graph.look import ModelGraph, copy_model, kind_of
+from amct_pytorch.graph.look import ModelGraph, copy_model, copy_sharing_weights, kind_of
 from amct_pytorch.graph.tensors import (
     ModelInputs,
     in_own_precision,
@@ -74,7 +73,7 @@ def instrument(
         module = copied.get_submodule(layer.name)
         replacements[module] = CompressedLayer(layer.name, kind, module, weight, bias, layer.groups)
     replace_modules(copied, replacements)
-    _check_same(original, _outputs(copy.deepcopy(copied), inputs))
+    _check_same(original, _outputs(copy_sharing_weights(copied), inputs))
     return copied
 
 
