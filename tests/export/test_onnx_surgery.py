@@ -122,7 +122,7 @@ def test_a_weight_behind_a_transpose_is_a_constant():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (np.zeros((8, 3, 3, 3), np.float64), "type float64; allowed is float32"),
+        (np.zeros((8, 3, 3, 3), np.float64), "type float64; allowed are float32 and float16"),
         (np.full((8, 3, 3, 3), np.nan, np.float32), "NaN or infinite"),
     ],
 )

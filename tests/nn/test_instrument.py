@@ -183,14 +183,27 @@ def test_only_the_named_layers_are_wrapped() -> None:
 
 
 def test_half_precision_and_double_models() -> None:
-    for dtype in (torch.float64, torch.bfloat16):
+    for dtype in (torch.float64, torch.float16, torch.bfloat16):
         case = fresh("chain")
         case.model.to(dtype)
         case.inputs = case.inputs.to(dtype)
         model = instrumented(case, fuse=False)
         compare(case, run(model, case), exact=True)
         layer = compressed_layers(instrumented(case))["0"]
-        assert layer.weight.dtype == layer.bias.dtype == dtype
+        held = torch.float32 if dtype == torch.bfloat16 else dtype
+        assert layer.weight.dtype == layer.bias.dtype == held
+
+
+def test_what_is_folded_into_a_bfloat16_layer_keeps_its_precision() -> None:
+    case = fresh("chain")
+    case.model.to(torch.bfloat16)
+    case.inputs = case.inputs.to(torch.bfloat16)
+    conv, bn = case.model[0], case.model[1]
+    factor = bn.weight.double() / torch.sqrt(bn.running_var.double() + bn.eps)
+    layer = compressed_layers(instrumented(case))["0"]
+    # Rounded once, to float32; bfloat16 would be off by up to 2^-9.
+    expected = conv.weight.double() * factor.view(-1, 1, 1, 1)
+    torch.testing.assert_close(layer.weight.double(), expected, rtol=2**-23, atol=0)
 
 
 def test_a_norm_without_affine_is_folded_exactly() -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from amct_pytorch.graph.tensors import in_float64
 from amct_pytorch.observers.mean_input import MeanInput
 
 
@@ -28,11 +29,11 @@ def output_shift(
         channel_axis: axis of its result that counts channels.
 
     Returns:
-        float64 [channels].
+        float64 [channels], on the CPU.
     """
     total, positions = None, 0
     for mean, items in mean_input.means():
-        y = output(mean).double().transpose(0, channel_axis).flatten(1)
+        y = in_float64(output(mean)).transpose(0, channel_axis).flatten(1)
         weighted = y.sum(1) * items
         total = weighted if total is None else total + weighted
         positions += items * y.shape[1]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import onnx
+from onnx import TensorProto
 
 from amct_pytorch.export.integer_layer import IntegerLayer, integer_layers, pack_param
 from amct_pytorch.export.layer_nodes import LayerFinder
@@ -14,7 +15,8 @@ from amct_pytorch.export.opset import IR_VERSION, plain_model
 from amct_pytorch.record.factors import LayerFactors
 
 EXTRA_RANGES = "amct.extra_ranges"
-DTYPE_FLOAT32 = 0
+# AscendDequant's `dtype` by ONNX type of the result.
+DEQUANT_TYPES: dict[int, int] = {TensorProto.FLOAT: 0, TensorProto.FLOAT16: 1}
 
 
 def build_deploy(
@@ -26,8 +28,8 @@ def build_deploy(
     AscendDequant ``L.dequant``. Two AscendQuant on one tensor with equal factors are one.
 
     Args:
-        float_model: float32 ONNX whose layers' nodes (see `WRITERS`) carry the name of their
-            layer in metadata `amct.layer`; not changed.
+        float_model: float32 or float16 ONNX whose layers' nodes (see `WRITERS`) carry the name
+            of their layer in metadata `amct.layer`; not changed.
         factors: of every layer to quantize, by name; the other layers stay float.
 
     Returns:
@@ -126,7 +128,8 @@ def _add_dequant(graph: OnnxGraph, layer: IntegerLayer) -> None:
     name = f"{layer.layer.name}.dequant"
     raw, scaled = split_output(graph, layer, f"{name}.output0")
     param = graph.set_array(graph.fresh(f"{name}.param"), pack_param(layer.dequant_scale))
-    graph.add("AscendDequant", [raw, param], [scaled], name=graph.fresh(name), dtype=DTYPE_FLOAT32)
+    dtype = DEQUANT_TYPES[layer.layer.float_type]
+    graph.add("AscendDequant", [raw, param], [scaled], name=graph.fresh(name), dtype=dtype)
 
 
 def set_operand(

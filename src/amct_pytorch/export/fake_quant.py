@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import onnx
+from onnx import TensorProto
 
 from amct_pytorch.export.deploy import WRITERS, rewritten, split_output
 from amct_pytorch.export.integer_layer import IntegerLayer
@@ -27,7 +28,8 @@ def build_fake_quant(
     stand in ``L.quant.output0`` (input, before Sub) and ``L.round.output0`` (result). The mean
     that an AveragePool yields is no integer and is not rounded. They are
     the deploy model's own as long as no sum leaves float32's exact integers
-    (`IntegerLayer.exact_in_float32`).
+    (`IntegerLayer.exact_in_float32`). A float16 layer has a Cast to float32 before the first
+    Mul and one back to float16 behind the last.
 
     Args:
         float_model: as for `build_deploy`; not changed.
@@ -70,6 +72,9 @@ def _add_quant(graph: OnnxGraph, layer: IntegerLayer) -> str:
         ("Sub", "sub", (offset,)),
     )
     tensor = str(layer.layer.node.input[0])
+    if layer.layer.float_type != TensorProto.FLOAT:
+        half, tensor = tensor, graph.fresh(f"{name}.float32")
+        graph.add("Cast", [half], [tensor], name=graph.fresh(f"{name}.cast"), to=TensorProto.FLOAT)
     for op_type, step, constants in chain:
         output = graph.fresh(f"{name}.output0" if step == "clip" else f"{name}.{step}.output0")
         graph.add(op_type, [tensor, *constants], [output], name=graph.fresh(f"{name}.{step}"))
@@ -91,4 +96,8 @@ def _add_dequant(graph: OnnxGraph, layer: IntegerLayer) -> None:
     elif scale.size == 1:
         scale = scale.reshape(())
     param = graph.set_array(graph.fresh(f"{name}.dequant.scale"), scale)
-    graph.add("Mul", [rounded, param], [scaled], name=graph.fresh(f"{name}.dequant"))
+    to = layer.layer.float_type
+    product = scaled if to == TensorProto.FLOAT else graph.fresh(f"{name}.dequant.float32")
+    graph.add("Mul", [rounded, param], [product], name=graph.fresh(f"{name}.dequant"))
+    if product != scaled:
+        graph.add("Cast", [product], [scaled], name=graph.fresh(f"{name}.dequant.cast"), to=to)

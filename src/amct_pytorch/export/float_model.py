@@ -24,7 +24,9 @@ from onnx_ir.passes import common as ir_passes
 from torch import Tensor, nn
 
 from amct_pytorch.errors import ArgumentTypeError, ArgumentValueError, ExportError, did_you_mean
+from amct_pytorch.export.autocast import autocast_ignored
 from amct_pytorch.export.layer_nodes import LAYER_KEY
+from amct_pytorch.export.widen import widen
 from amct_pytorch.graph.look import copy_sharing_weights
 from amct_pytorch.graph.tensors import ModelInputs, in_own_precision, tensors_in
 from amct_pytorch.graph.trace import Trace
@@ -156,7 +158,7 @@ def export_float(
     """
     try:
         # A copy: tracing runs the forward, which may change buffers and attributes.
-        with _quiet(), in_own_precision(model):
+        with _quiet(), in_own_precision(model), autocast_ignored():
             program = torch.onnx.export(
                 _returning_tensors(copy_sharing_weights(model)),
                 _growable(inputs, input_names, dynamic_axes).args,
@@ -177,6 +179,8 @@ def export_float(
         ) from error
     assert program is not None
     exported = program.model
+    # No runtime at hand computes in bfloat16; float32 holds all of its values.
+    widen(exported, {ir.DataType.BFLOAT16}, borders=False)
     layers = compressed_layers(model)
     _tag_layers(exported, layers)
     onnxscript.optimizer.fold_constants(exported)
@@ -230,6 +234,11 @@ def _hint(reason: str) -> str:
     """What usually lies behind an exporter's complaint."""
     if "data-dependent" in reason or "GuardOnDataDependent" in reason:
         return "; the forward has Python control flow that depends on the values of tensors"
+    if "same dtype" in reason or "should be the same" in reason:
+        return (
+            "; the model is exported without its own torch.autocast regions, so its forward must "
+            "not rely on them to bring operands to one type"
+        )
     if "SyntaxError" in reason:
         return "; a module's name is probably a Python keyword or holds a quote"
     return ""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-from onnx import ModelProto, NodeProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from amct_pytorch.errors import ExportError
 from amct_pytorch.export.onnx_graph import OnnxGraph, attribute
@@ -31,6 +31,7 @@ class LayerNode:
         layout: which weights belong to which output channel.
         weight_name: the weight's initializer, or the name of the tensor it is computed into.
         bias_name: the same for the bias, or None.
+        float_type: ONNX type of its input and output, FLOAT or FLOAT16.
     """
 
     name: str
@@ -41,6 +42,7 @@ class LayerNode:
     layout: WeightLayout
     weight_name: str
     bias_name: str | None
+    float_type: int = TensorProto.FLOAT
 
     @property
     def output(self) -> str:
@@ -103,7 +105,20 @@ class LayerFinder:
                 f"layer {name!r}: the ONNX model has {found} for it; exactly one of "
                 f"{', '.join(_READERS)} with metadata {LAYER_KEY} is needed"
             )
-        return _READERS[nodes[0].op_type](self, name, nodes[0])
+        layer = _READERS[nodes[0].op_type](self, name, nodes[0])
+        return replace(layer, float_type=self._float_type(layer))
+
+    def _float_type(self, layer: LayerNode) -> int:
+        """The type of a layer's operands: that of its weights as they are stored, if any."""
+        if layer.weight is not None:
+            weight = self.constant(layer.node.input[1])
+            half = weight is not None and weight.dtype == np.float16
+            return int(TensorProto.FLOAT16 if half else TensorProto.FLOAT)
+        for name in (layer.node.input[0], layer.output):
+            known = self._graph.value_type(name)
+            if known is not None and known.tensor_type.elem_type:
+                return int(known.tensor_type.elem_type)
+        return int(TensorProto.FLOAT)
 
     def constant(self, name: str) -> np.ndarray | None:
         """Value of a tensor that does not depend on the model's inputs, or None."""
@@ -130,10 +145,12 @@ class LayerFinder:
     def _float32(self, layer: str, what: str, value: np.ndarray | None) -> np.ndarray:
         if value is None:
             raise ExportError(f"layer {layer!r}: its {what} is not a constant of the ONNX model")
-        if value.dtype != np.float32:
+        if value.dtype not in (np.float32, np.float16):
             raise ExportError(
-                f"layer {layer!r}: its {what} has type {value.dtype}; allowed is float32"
+                f"layer {layer!r}: its {what} has type {value.dtype}; allowed are float32 and "
+                "float16"
             )
+        value = value.astype(np.float32, copy=False)
         if not np.isfinite(value).all():
             raise ExportError(f"layer {layer!r}: its {what} has NaN or infinite values")
         return value

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
+from onnx import TensorProto
 
 from amct_pytorch.errors import ExportError
 from amct_pytorch.export.deploy_reader import WEIGHTED, DeployLayer, DeployModel, Quantizer
@@ -15,6 +17,7 @@ from amct_pytorch.export.integer_kernels import exact_kernels
 from amct_pytorch.export.onnx_file import load_onnx, save_onnx
 from amct_pytorch.export.opset import IR_VERSION
 from amct_pytorch.export.qdq_plan import WHOLE, Closing, Code, QdqPlan, read_extra_ranges
+from amct_pytorch.export.widen import widen
 from amct_pytorch.files import PathLike, check_distinct, check_writable
 from amct_pytorch.graph.weight_layout import WeightLayout
 
@@ -34,7 +37,8 @@ def deploy_to_qdq(deploy_model_file: PathLike, save_file: PathLike) -> None:
     its range comes from the deploy model's metadata `amct.extra_ranges` (written by this
     toolkit's calibration), else from both bounds of the activation behind it. Where neither
     says, the convolution stays in float, which is right and slower; the log names it. The
-    model's outputs are never quantized.
+    model's outputs are never quantized. A model with float16 layers computes in float32 inside;
+    its inputs and outputs keep their types.
 
     Runtimes multiply and round where they fuse, so a layer's integers differ from the deploy
     model's by at most one step for the same input; use `DeploySession` for the exact ones.
@@ -90,6 +94,11 @@ def qdq_model(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:
             "the model has no AscendQuant and AscendDequant around any layer, so it is not a "
             "deploy model; give the file that ends in deploy_model.onnx"
         )
+    if any(layer.float_type == TensorProto.FLOAT16 for layer in deploy.layers):
+        # QuantizeLinear of opset 18 has no float16, and casts would keep runtimes from fusing.
+        wide = ir.from_proto(model)
+        widen(wide, {ir.DataType.FLOAT16}, borders=True)
+        deploy = DeployModel(ir.to_proto(wide))
     writer = _QdqWriter(deploy)
     return writer.write(read_extra_ranges(model))
 

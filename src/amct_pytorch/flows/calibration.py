@@ -14,7 +14,7 @@ from amct_pytorch.algorithms.arq import bias_limit
 from amct_pytorch.algorithms.solve import complete_factors, weight_factors
 from amct_pytorch.config.models import CalibrationConfig
 from amct_pytorch.errors import CalibrationError
-from amct_pytorch.graph.tensors import ModelInputs, random_state_kept, tensors_in
+from amct_pytorch.graph.tensors import ModelInputs, in_float64, random_state_kept, tensors_in
 from amct_pytorch.logs import logger
 from amct_pytorch.nn.calibrate import Check, LayerErrors, Observe, corrected_bias
 from amct_pytorch.nn.simulate import IntegerOperands, Simulate, integer_bias
@@ -190,7 +190,7 @@ class Calibration:
             call = self._observe.calls[name]
             limit = bias_limit(found.bias_scale)
             bias = corrected_bias(layer, found, call, mean_input, limit)
-            changes[name] = bias - layer.bias.double()
+            changes[name] = bias - in_float64(layer.bias)
             operands[name] = replace(found, bias=integer_bias(bias, found.bias_scale))
         return changes
 
@@ -215,7 +215,7 @@ class Calibration:
             errors = check.errors.get(name)
             if errors is None or errors.corrected:
                 layer = self._layers[name]
-                layer.bias.data.copy_((layer.bias.double() + change).to(layer.bias.dtype))
+                layer.bias.data.copy_(in_float64(layer.bias) + change)
                 bias = integer_bias(layer.bias, operands[name].bias_scale)
                 operands[name] = replace(operands[name], bias=bias)
         return check.errors, output_entry(float_outputs, outputs)

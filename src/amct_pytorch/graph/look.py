@@ -17,7 +17,7 @@ from amct_pytorch.graph.layers import LAYER_KINDS, LayerKind, SeenLayer
 from amct_pytorch.graph.tensors import ModelInputs
 from amct_pytorch.graph.trace import OpCall, Operand, Trace, trace_forward
 
-SUPPORTED_DTYPES = (torch.float32,)
+SUPPORTED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -263,7 +263,7 @@ def _why_not_its_weight(module: nn.Module, call: OpCall, trace: Trace) -> str | 
         return "its call has no tensor as weight"
     dtype = getattr(module.weight, "dtype", torch.float32)
     if dtype not in SUPPORTED_DTYPES:
-        return f"its weight is {dtype}; supported in this version is torch.float32"
+        return f"its weight is {dtype}; supported are {', '.join(map(str, SUPPORTED_DTYPES))}"
     if weight.value in trace.from_input:
         return "its weight is computed from the model's input"
     others = [op for op in trace.consumers(weight.value) if op.index != call.index]

@@ -85,22 +85,48 @@ class ModelInputs:
         return model(*self.args, **self.kwargs)
 
 
+def in_float64(x: Tensor) -> Tensor:
+    """`x` in float64 on the CPU: not every device has float64, and none needs it for long."""
+    return x.detach().cpu().double()
+
+
+@contextmanager
+def without_autocast(*devices: str) -> Iterator[None]:
+    """Without autocast on the CPU and on the named types of devices."""
+    with ExitStack() as stack:
+        for device in sorted({*devices, "cpu"}):
+            if torch.amp.is_autocast_available(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+def result_dtype(x: Tensor) -> torch.dtype:
+    """The type of a convolution's or matrix product's result for this input."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
 @contextmanager
 def in_own_precision(model: torch.nn.Module) -> Iterator[None]:
     """Without gradients and without the caller's autocast: the model in its own dtypes."""
     devices = {tensor.device.type for tensor in (*model.parameters(), *model.buffers())}
-    with ExitStack() as stack:
-        for device in sorted(devices | {"cpu"}):
-            if torch.amp.is_autocast_available(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
-        stack.enter_context(torch.no_grad())
+    with without_autocast(*devices), torch.no_grad():
         yield
 
 
 @contextmanager
 def random_state_kept(model: torch.nn.Module) -> Iterator[None]:
-    """Afterwards the global random state of the CPU and of the model's GPUs is as before."""
-    tensors = (*model.parameters(), *model.buffers())
-    gpus = {tensor.device.index for tensor in tensors if tensor.device.type == "cuda"}
-    with torch.random.fork_rng(devices=sorted(gpus)):
+    """Afterwards the global random state of the CPU and of the model's devices is as before."""
+    devices: dict[str, set[int]] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        # Such devices have a module of their own, torch.cuda say; that of mps takes no index.
+        kind = tensor.device.type
+        if kind != "mps" and hasattr(getattr(torch, kind, None), "get_rng_state"):
+            devices.setdefault(kind, set()).add(tensor.device.index or 0)
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        for kind, indices in devices.items():
+            stack.enter_context(torch.random.fork_rng(sorted(indices), device_type=kind))
         yield

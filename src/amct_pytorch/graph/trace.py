@@ -80,6 +80,7 @@ class Trace:
         from_input: values that depend on the model's inputs.
         parameter_values: value of each parameter or buffer that some call read.
         untraced: values made where torch functions are not seen.
+        dtypes: floating types that results had.
     """
 
     ops: list[OpCall] = field(default_factory=list)
@@ -88,6 +89,7 @@ class Trace:
     from_input: set[int] = field(default_factory=set)
     parameter_values: dict[str, int] = field(default_factory=dict)
     untraced: set[int] = field(default_factory=set)
+    dtypes: set[torch.dtype] = field(default_factory=set)
 
     def consumers(self, value: int) -> list[OpCall]:
         """The calls that read `value`."""
@@ -176,6 +178,7 @@ class _Recorder(TorchFunctionMode):
             changed.append(sources[0])
         if changed:
             outputs = tuple(self._renew(tensor) for tensor in changed)
+            self.trace.dtypes.update(t.dtype for t in changed if t.is_floating_point())
             if any(value in self.trace.from_input for value in inputs):
                 self.trace.from_input.update(outputs)
             index = len(self.trace.ops)

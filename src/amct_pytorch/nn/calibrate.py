@@ -10,6 +10,7 @@ from torch import Tensor
 
 from amct_pytorch.algorithms.bias_correction import output_shift
 from amct_pytorch.errors import CalibrationError
+from amct_pytorch.graph.tensors import in_float64, without_autocast
 from amct_pytorch.nn.intercept import LayerCall
 from amct_pytorch.nn.simulate import IntegerOperands, integer_bias, without_autograd
 from amct_pytorch.nn.wrapped import CompressedLayer, Stage
@@ -55,7 +56,7 @@ class Observe(Stage):
         if statistics.mean_input is not None and layer.layout is not None:
             statistics.mean_input.update(call.x, channels_last=layer.kind.channel_axis == -1)
         self.calls[layer.name] = replace(call, x=call.x.new_empty(0))
-        y = call.run(call.x, layer.weight, layer.bias)
+        y = layer.float_result(call)
         if statistics.outputs is not None:
             self._count(statistics.outputs, y, f"the output of layer {layer.name!r}")
         if self.last:
@@ -90,17 +91,18 @@ def corrected_bias(
         limit: largest |integer bias|.
 
     Returns:
-        float64 [out_channels].
+        float64 [out_channels], on the CPU.
     """
     weight_scale = layer.per_output(operands.bias_scale * operands.inverse_scale)
     rounding_error = operands.weight * weight_scale - layer.weight.float()
-    shift = output_shift(
-        mean_input,
-        lambda mean: call.run(mean, rounding_error, None),
-        layer.kind.channel_axis,
-    )
-    largest = limit * operands.bias_scale.double()
-    return torch.clamp(layer.bias.double() - shift, -largest, largest)
+    with without_autocast(rounding_error.device.type):
+        shift = output_shift(
+            mean_input,
+            lambda mean: call.run(mean, rounding_error, None),
+            layer.kind.channel_axis,
+        )
+    largest = limit * in_float64(operands.bias_scale)
+    return torch.clamp(in_float64(layer.bias) - shift, -largest, largest)
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ class Check(Stage):
         """The quantized result with the bias that will be deployed."""
         operands = self._operands.get(layer.name)
         if operands is None:
-            return call.run(call.x, layer.weight, layer.bias)
+            return layer.float_result(call)
         y = operands.run(layer, call)
         target = self._statistics[layer.name].output
         if target is None:
@@ -161,7 +163,8 @@ class Check(Stage):
         if change is None:
             self.errors[layer.name] = LayerErrors(now, now, corrected=False)
             return y
-        shift = change.float()[sampled_channels(y, layer.kind.channel_axis)]
+        change = change.float().to(y.device)
+        shift = change[sampled_channels(y, layer.kind.channel_axis)]
         was = Agreement.between(target, sampled - shift)
         corrected = now.sqnr_db >= was.sqnr_db
         self.errors[layer.name] = LayerErrors(was, now if corrected else was, corrected)

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from amct_pytorch.graph.tensors import in_float64
 from amct_pytorch.graph.weight_layout import WeightLayout
 from amct_pytorch.nn.intercept import LayerCall
-from amct_pytorch.nn.wrapped import Wrapped
+from amct_pytorch.nn.wrapped import Wrapped, file_dtype
 
 
 class SkippedNorm(Wrapped):
@@ -32,13 +33,14 @@ def fuse_norm(
     """Weight and bias of a layer with the BatchNorm behind it folded in.
 
     w' = w * g / sqrt(v + eps) per output channel, b' = (b - m) * g / sqrt(v + eps) + beta,
-    computed in float64 and returned in the weight's dtype.
+    computed in float64 and returned in `file_dtype` of the weight, on its device.
     """
     assert norm.running_mean is not None and norm.running_var is not None
-    mean, variance = norm.running_mean.double(), norm.running_var.double()
-    gamma = torch.ones_like(mean) if norm.weight is None else norm.weight.double()
-    beta = torch.zeros_like(mean) if norm.bias is None else norm.bias.double()
+    mean, variance = in_float64(norm.running_mean), in_float64(norm.running_var)
+    gamma = torch.ones_like(mean) if norm.weight is None else in_float64(norm.weight)
+    beta = torch.zeros_like(mean) if norm.bias is None else in_float64(norm.bias)
     factor = gamma / torch.sqrt(variance + norm.eps)
-    shift = -mean if bias is None else bias.double() - mean
-    fused = (weight.double() * layout.along_channels(factor, weight.shape)).to(weight.dtype)
-    return fused, (shift * factor + beta).to(weight.dtype)
+    shift = -mean if bias is None else in_float64(bias) - mean
+    dtype = file_dtype(weight.dtype)
+    fused = (in_float64(weight) * layout.along_channels(factor, weight.shape)).to(dtype)
+    return fused.to(weight.device), (shift * factor + beta).to(dtype).to(weight.device)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from amct_pytorch.formats import IntFormat
+from amct_pytorch.graph.tensors import in_float64, result_dtype, without_autocast
 from amct_pytorch.nn.intercept import LayerCall
 from amct_pytorch.nn.wrapped import CompressedLayer, Stage
 from amct_pytorch.record.factors import LayerFactors
@@ -31,7 +32,7 @@ class IntegerOperands:
         weight: int8.
         dequant_scale: float32 factor of the integer sums, [1] or [out_channels].
         bias_scale: float32 scale_w * scale_d, the unit of the bias, likewise.
-        bias: integer values, float64 [out_channels].
+        bias: integer values, float64 [out_channels], on the CPU.
     """
 
     activation: IntFormat
@@ -71,18 +72,22 @@ class IntegerOperands:
         return q.clamp_(self.activation.qmin - self.offset, self.activation.qmax - self.offset)
 
     def run(self, layer: CompressedLayer, call: LayerCall) -> Tensor:
-        """The call's result, in the input's dtype."""
+        """The call's result, in the type that it has in the float network."""
+        bias = self.bias.float().to(call.x.device)
         # Integers up to 2^24 are exact in float32 and in nothing that autocast would choose.
-        with torch.autocast(call.x.device.type, enabled=False):
+        with without_autocast(call.x.device.type):
             # int8 is kept, and floats made of it for each call: a quarter of the memory.
-            sums = call.run(self.quantized_input(call.x), self.weight.float(), self.bias.float())
-        scale = layer.per_channel(self.dequant_scale.to(sums.device), sums)
-        return sums.mul_(scale).to(call.x.dtype)
+            sums = call.run(self.quantized_input(call.x), self.weight.float(), bias)
+        if call.weight is not None and sums.device.type != "cpu":
+            # Other devices may choose an algorithm that computes with fractions (Winograd's).
+            sums.round_()
+        sums.mul_(layer.per_channel(self.dequant_scale.to(sums.device), sums))
+        return sums.to(call.x.dtype if call.weight is None else result_dtype(call.x))
 
 
 def integer_bias(bias: Tensor, bias_scale: Tensor) -> Tensor:
-    """round(bias / (scale_w * scale_d)), half to even, float64."""
-    return torch.round(bias.detach().double() / bias_scale.double())
+    """round(bias / (scale_w * scale_d)), half to even, float64 on the CPU."""
+    return torch.round(in_float64(bias) / in_float64(bias_scale))
 
 
 R = TypeVar("R")
@@ -114,5 +119,5 @@ class Simulate(Stage):
         """The quantized result; the float one for a layer without operands."""
         operands = self._operands.get(layer.name)
         if operands is None:
-            return call.run(call.x, layer.weight, layer.bias)
+            return layer.float_result(call)
         return operands.run(layer, call)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from amct_pytorch.graph.layers import LayerKind
@@ -12,6 +13,15 @@ from amct_pytorch.nn.intercept import CallInterceptor, LayerCall
 
 # Name of the submodule that holds the user's own module.
 INNER = "layer"
+
+
+def file_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type that operands of a layer of this type have in the files made from it.
+
+    Runtimes do without bfloat16, so its layers are float32 there; operands that the toolkit
+    computes are then kept in float32 too.
+    """
+    return torch.float32 if dtype == torch.bfloat16 else dtype
 
 
 def _seen(_: nn.Module, __: Any) -> None:
@@ -73,7 +83,8 @@ class CompressedLayer(Wrapped):
         kind: its row of the layer table.
         layer: the user's module.
         weight: weight operand of its call; empty for a layer without weights.
-        bias: bias operand or None, which becomes zeros so that a correction has a place.
+        bias: bias operand or None, which becomes zeros so that a correction has a place; held
+            in `file_dtype`.
         groups: groups of a convolution.
     """
 
@@ -94,11 +105,12 @@ class CompressedLayer(Wrapped):
         own_weight.requires_grad_(False)
         if bias is None:
             bias = weight.new_zeros(layout.channels(weight.shape) if layout else 0)
+        bias = bias.detach().to(file_dtype(bias.dtype), copy=True)
         super().__init__(
             layer,
             kind.functions,
             weight=own_weight,
-            bias=nn.Parameter(bias.detach().clone(), requires_grad=False),
+            bias=nn.Parameter(bias, requires_grad=False),
         )
         self.name = name
         self.kind = kind
@@ -119,9 +131,13 @@ class CompressedLayer(Wrapped):
 
     def answer(self, call: LayerCall) -> Tensor:
         """The call on the toolkit's operands, by the stage if there is one."""
-        if self.stage is None:
-            return call.run(call.x, self.weight, self.bias)
-        return self.stage.run(self, call)
+        return self.float_result(call) if self.stage is None else self.stage.run(self, call)
+
+    def float_result(self, call: LayerCall) -> Tensor:
+        """The call on the layer's float operands, in the type that its own have."""
+        if call.weight is not None and call.weight.dtype == torch.bfloat16:
+            return call.run(call.x, self.weight.bfloat16(), self.bias.bfloat16())
+        return call.run(call.x, self.weight, self.bias)
 
 
 class Stage:

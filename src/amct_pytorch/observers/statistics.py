@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from amct_pytorch.graph.tensors import in_float64
 from amct_pytorch.observers.histogram import Histogram
 from amct_pytorch.observers.mean_input import MeanInput
 
@@ -71,7 +72,7 @@ class Agreement:
         The same infinity, or NaN, in both is left out (masked logits, say); in one only, it
         is an infinite error.
         """
-        a, b = original.detach().double().flatten(), other.detach().double().flatten()
+        a, b = in_float64(original).flatten(), in_float64(other).flatten()
         finite = torch.isfinite(a) & torch.isfinite(b)
         if not bool(finite.all()):
             same = (a == b) | (torch.isnan(a) & torch.isnan(b))
