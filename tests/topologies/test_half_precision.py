@@ -88,17 +88,25 @@ class Flow:
         return self.session.run(None, self.feeds)
 
     def stock(self, path: str) -> list[np.ndarray]:
-        return list(ort.InferenceSession(path).run(None, self.feeds))
+        options = ort.SessionOptions()
+        if path == "qdq.onnx":
+            # What the file says: kernels that fuse it round in ways of their own.
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        return list(ort.InferenceSession(path, options).run(None, self.feeds))
 
     def check_same_integers(self) -> None:
         """Fake-quant and deploy: the same integers in every layer, the same outputs."""
         fake = onnx.load("net_fake_quant_model.onnx")
+        made = {name for node in fake.graph.node for name in node.output}
         layers = self.session.layers
-        rounds = [f"{name}.round.output0" for name in layers]
-        entering, leaving = zip(*layers.values(), strict=True)
+        # The means that an AveragePool yields are no integers and are not rounded.
+        rounded = {f"{name}.round.output0": pair[1] for name, pair in layers.items()}
+        rounds = [name for name in rounded if name in made]
+        entering = [pair[0] for pair in layers.values()]
         fake.graph.output.extend(onnx.ValueInfoProto(name=n) for n in (*rounds, *entering))
         session = ort.InferenceSession(fake.SerializeToString())
         faked = session.run([*rounds, *entering], self.feeds)
+        leaving = [rounded[name] for name in rounds]
         deployed = self.session.run([*leaving, *entering], self.feeds)
         for name, a, b in zip([*rounds, *entering], faked, deployed, strict=True):
             assert np.array_equal(a, b), name
@@ -125,7 +133,7 @@ def near(a: np.ndarray | Tensor, b: np.ndarray | Tensor) -> float:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["residual", "conv and BN subclasses", "attention"])
+@pytest.mark.parametrize("name", ["residual", "conv and BN subclasses", "attention", "average pools"])
 def test_a_model_in_half_precision(
     name: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -64,14 +64,16 @@ def save_onnx(
     *,
     what: str = "path",
     announce: bool = True,
-    external_suffix: str = ".external",
-    largest_file: int = LARGEST_FILE,
+    external_suffix: str | None = None,
+    largest_file: int | None = None,
     files: WholeFiles | None = None,
 ) -> int:
     """Write a model whole or not at all; parent folders are made, an old file is replaced.
 
     A model whose tensors have `largest_file` bytes or more goes with one external data file per
-    tensor beside it, named after the tensor with `external_suffix`. A replaced model file
+    tensor beside it: ``<model>_<tensor>.external``, or the tensor's name with `external_suffix`.
+    A file of that name which does not belong to the model that is replaced (another model's, in
+    the same folder) is left alone; the tensor's name gets a number then. A replaced model file
     is named in the log. While tensors beside it are exchanged there is no model file, so none
     ever reads another's tensors.
 
@@ -80,8 +82,9 @@ def save_onnx(
         path: where to.
         what: the argument's name, for messages.
         announce: whether a replaced file is named in the log.
-        external_suffix: ``_deploy.external``, ``_fakequant.external``, or empty.
-        largest_file: bytes from which on the model is split; below 2 GiB for tests.
+        external_suffix: ``_deploy.external``, ``_fakequant.external``, or empty; None: names
+            begin with the model's own.
+        largest_file: bytes from which on the model is split; default: `LARGEST_FILE`.
         files: others that take their places together with this one; None: it goes alone.
 
     Returns:
@@ -105,7 +108,8 @@ def save_onnx(
             )
     file = check_writable(path, what)
     parts: dict[str, TensorProto] = {}
-    if sum(_stored_bytes(tensor) for tensor in model.graph.initializer) >= largest_file:
+    size = sum(_stored_bytes(tensor) for tensor in model.graph.initializer)
+    if size >= (LARGEST_FILE if largest_file is None else largest_file):
         model, parts = _split(model, external_suffix, file)
     for name in parts:
         check_writable(file.parent / name, what)
@@ -149,23 +153,26 @@ def _mark(field: int, length: int) -> bytes:
 
 
 def _split(
-    model: onnx.ModelProto, suffix: str, file: Path
+    model: onnx.ModelProto, suffix: str | None, file: Path
 ) -> tuple[onnx.ModelProto, dict[str, TensorProto]]:
     """The model with its large tensors outside, and these tensors by file name."""
     outside = onnx.ModelProto()
     _copy_fields(model, outside, but="graph")
     _copy_fields(model.graph, outside.graph, but="initializer")
     parts: dict[str, TensorProto] = {}
+    own = _data_files(file)
+    prefix = "" if suffix is not None else f"{file.stem}_"
+    ending = ".external" if suffix is None else suffix
     for tensor in model.graph.initializer:
         size = _stored_bytes(tensor)
         if tensor.data_type == TensorProto.STRING or size < SMALLEST_EXTERNAL:
             outside.graph.initializer.append(tensor)
             continue
-        stem = re.sub(r"[^\w.-]", "_", tensor.name)
-        name, n = f"{stem}{suffix}", 0
-        while name in parts or name == file.name:
+        stem = prefix + re.sub(r"[^\w.-]", "_", tensor.name)
+        name, n = f"{stem}{ending}", 0
+        while name in parts or name == file.name or _foreign(file.parent / name, own):
             n += 1
-            name = f"{stem}_{n}{suffix}"
+            name = f"{stem}_{n}{ending}"
         parts[name] = tensor
         stub = outside.graph.initializer.add(
             name=tensor.name,
@@ -177,6 +184,24 @@ def _split(
         for key, value in (("location", name), ("offset", "0"), ("length", str(size))):
             stub.external_data.add(key=key, value=value)
     return outside, parts
+
+
+def _data_files(file: Path) -> set[str]:
+    """Names of the external data files that the model in a file has; none if it has no model."""
+    try:
+        model = onnx.load(str(file), load_external_data=False)
+    except Exception:  # no such file, or no model: whatever it is, it has no data files
+        return set()
+    return {
+        entry.value
+        for tensor in model.graph.initializer
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+
+
+def _foreign(path: Path, own: set[str]) -> bool:
+    return path.name not in own and path.exists()
 
 
 def _copy_fields(source: Any, target: Any, but: str) -> None:
