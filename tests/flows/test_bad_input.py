@@ -228,6 +228,40 @@ def test_bad_calibration_data_names_layer_and_batch(value: float) -> None:
     assert Path("record.txt").read_text() == before
 
 
+@pytest.mark.parametrize(
+    ("batch", "words"),
+    [
+        ((torch.randn(2, 5, 16, 16),), ["module 'body.0.0'", "float32 [2, 5, 16, 16]"]),
+        ((X.double(),), ["module 'body.0.0'", "float64 [2, 3, 16, 16]"]),
+        ((X, None), ["TypeError", "float32 [2, 3, 16, 16], None"]),
+        ((), ["TypeError", "The batch is nothing"]),
+    ],
+    ids=["channels", "type", "too many", "none"],
+)
+def test_a_batch_that_the_model_cannot_run(batch: tuple[Any, ...], words: list[str]) -> None:
+    model = Chain().eval()
+    calibration = quantized(model, batch_num=2)
+    calibration(X)
+    before = Path("record.txt").read_text()
+    with pytest.raises(CalibrationError) as caught:
+        calibration(*batch)
+    for word in ["batch 2", "input_data was float32 [2, 3, 16, 16]", *words]:
+        assert word in str(caught.value)
+    assert "amct_pytorch" not in str(caught.value)
+    assert isinstance(caught.value.__cause__, (RuntimeError, TypeError))
+    assert not isinstance(caught.value.__cause__, CalibrationError)
+    assert Path("record.txt").read_text() == before
+
+
+def test_after_calibration_the_model_raises_its_own_errors() -> None:
+    calibration = quantized(Chain().eval())
+    calibration(X)
+    assert "forward" not in vars(calibration)
+    with pytest.raises(RuntimeError) as caught:
+        calibration(torch.randn(2, 5, 16, 16))
+    assert not isinstance(caught.value, CalibrationError)
+
+
 def test_too_few_batches() -> None:
     model = Residual().eval()
     quantized(model, batch_num=2)(X)

@@ -59,7 +59,12 @@ def test_the_files_go_on_working_together_in_another_folder() -> None:
     amct.save_model("elsewhere/m.onnx", "elsewhere/m.txt", "out/net")
     assert {path.name for path in Path("out").glob("*.external")} == {
         f"{layer}.weight_{kind}.external"
-        for layer, kind in (("0", "fakequant"), ("2", "fakequant"), ("0", "deploy"), ("2", "deploy"))
+        for layer, kind in (
+            ("0", "fakequant"),
+            ("2", "fakequant"),
+            ("0", "deploy"),
+            ("2", "deploy"),
+        )
     }
     Path("out").rename("moved")
     fake = ran("moved/net_fake_quant_model.onnx")

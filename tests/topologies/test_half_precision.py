@@ -133,7 +133,9 @@ def near(a: np.ndarray | Tensor, b: np.ndarray | Tensor) -> float:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["residual", "conv and BN subclasses", "attention", "average pools"])
+@pytest.mark.parametrize(
+    "name", ["residual", "conv and BN subclasses", "attention", "average pools"]
+)
 def test_a_model_in_half_precision(
     name: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -237,7 +237,14 @@ class OnnxGraph:
         """
         self.remove_unused()
         made = {name for node in self.nodes for name in node.output}
-        graph = onnx.GraphProto(name=self._source.graph.name or "main_graph")
+        model = onnx.ModelProto(
+            ir_version=ir_version,
+            producer_name="amct_pytorch",
+            opset_import=[helper.make_opsetid("", opset)],
+        )
+        # Filled in place: protobuf cannot copy a graph of 2 GiB.
+        graph = model.graph
+        graph.name = self._source.graph.name or "main_graph"
         for node in topological_order(self.nodes):
             _strip_node(node)
             graph.node.append(node)
@@ -253,12 +260,7 @@ class OnnxGraph:
                 graph.value_info.append(value)
         for value in (*graph.input, *graph.output, *graph.value_info):
             _strip(value)
-        return onnx.ModelProto(
-            ir_version=ir_version,
-            producer_name="amct_pytorch",
-            opset_import=[helper.make_opsetid("", opset)],
-            graph=graph,
-        )
+        return model
 
 
 def _strip(part: Any) -> None:

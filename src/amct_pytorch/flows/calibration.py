@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 from amct_pytorch.algorithms.arq import bias_limit
 from amct_pytorch.algorithms.solve import complete_factors, weight_factors
 from amct_pytorch.config.models import CalibrationConfig
-from amct_pytorch.errors import CalibrationError
+from amct_pytorch.errors import AmctError, CalibrationError
 from amct_pytorch.graph.tensors import ModelInputs, in_float64, random_state_kept, tensors_in
+from amct_pytorch.graph.trace import where_it_failed
 from amct_pytorch.logs import logger
 from amct_pytorch.nn.calibrate import Check, LayerErrors, Observe, corrected_bias
 from amct_pytorch.nn.simulate import IntegerOperands, Simulate, integer_bias
@@ -59,6 +61,7 @@ class Calibration:
         model: instrumented by `nn.instrument`, in eval mode.
         config: the calibration config.
         with_outputs: layers whose output range is wanted too.
+        example: inputs that the model is known to run on, for messages.
         finished: called once with the result, after the last batch.
     """
 
@@ -67,11 +70,13 @@ class Calibration:
         model: nn.Module,
         config: CalibrationConfig,
         with_outputs: frozenset[str],
+        example: ModelInputs,
         finished: Callable[[CalibrationResult], None],
     ) -> None:
         self._model = model
         self._config = config
         self._layers = compressed_layers(model)
+        self._example = str(example)
         self._finished = finished
         self._observe = Observe(self._layers, with_outputs, with_means=config.bias_correction)
         self._last_inputs: ModelInputs | None = None
@@ -81,10 +86,44 @@ class Calibration:
         self._observing_seconds = 0.0
         for layer in self._layers.values():
             layer.stage = self._observe
-        self._handles = [
+        handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, with_kwargs=True),
         ]
+        self._stop_watching = [*(handle.remove for handle in handles), self._explain_errors()]
+
+    def _explain_errors(self) -> Callable[[], None]:
+        """Makes the model's forward tell of an error in which batch it was, and of what.
+
+        Returns:
+            A function that ends this.
+        """
+        model, forward = self._model, self._model.forward
+        before = vars(model).get("forward")
+
+        @functools.wraps(forward)
+        def explained(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return forward(*args, **kwargs)
+            except AmctError:
+                raise
+            except Exception as error:
+                names = {layer.layer: layer.name for layer in self._layers.values()}
+                place = where_it_failed(model, error.__traceback__, names)
+                raise CalibrationError(
+                    f"calibration batch {self._observe.batch + 1} cannot be run: "
+                    f"{type(error).__name__} {place}: {error}. The batch is "
+                    f"{ModelInputs(args, kwargs)}; input_data was {self._example}"
+                ) from error
+
+        def end() -> None:
+            if before is None:
+                del model.forward
+            else:
+                model.forward = before
+
+        model.forward = explained
+        return end
 
     def initial_factors(self) -> dict[str, LayerFactors]:
         """The factors that are known before any batch: those of the weights."""
@@ -131,8 +170,8 @@ class Calibration:
         finally:
             self._solving = False
         self._finished(result)
-        for handle in self._handles:
-            handle.remove()
+        for stop in self._stop_watching:
+            stop()
 
     def _solve(self, float_outputs: list[Tensor]) -> CalibrationResult:
         started = time.perf_counter()

@@ -193,7 +193,7 @@ def quantize_model(
         _warn_if_poor(ledger)
 
     with_outputs = layers_read_in_float(graph, names, fused)
-    calibration = Calibration(instrumented, config, with_outputs, finished)
+    calibration = Calibration(instrumented, config, with_outputs, inputs, finished)
     # The ONNX model first: one that is not completed goes with no record.
     with WholeFiles() as files:
         save_onnx(float_model, onnx_path, what="modfied_onnx_file", files=files)

@@ -42,6 +42,19 @@ def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        where = "" if value.device.type == "cpu" else f" on {value.device}"
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}{where}"
+    if isinstance(value, (list, tuple)):
+        return f"({', '.join(map(_described, value))})"
+    return (
+        repr(value)
+        if value is None or isinstance(value, (int, float, str))
+        else (type(value).__name__)
+    )
+
+
 @dataclass(frozen=True)
 class ModelInputs:
     """Positional and keyword arguments of one forward call."""
@@ -79,6 +92,12 @@ class ModelInputs:
         """The same arguments with every tensor cloned and detached."""
         args, kwargs = map_tensors((self.args, self.kwargs), lambda t: t.detach().clone())
         return ModelInputs(args, kwargs)
+
+    def __str__(self) -> str:
+        """Types and shapes: ``float32 [4, 3, 16, 16], mask: bool [4, 16]``."""
+        named = {f"{name}: ": value for name, value in self.kwargs.items()}
+        values = [("", value) for value in self.args] + list(named.items())
+        return ", ".join(f"{name}{_described(value)}" for name, value in values) or "nothing"
 
     def call(self, model: torch.nn.Module) -> Any:
         """`model` run on these arguments."""

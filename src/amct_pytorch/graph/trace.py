@@ -8,10 +8,11 @@ in-place operation ends one value and begins the next.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import TracebackType
+from pathlib import Path
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from amct_pytorch.errors import ModelError
 from amct_pytorch.graph.tensors import ModelInputs, in_own_precision, random_state_kept, tensors_in
 
 TORCH_PACKAGE = torch.__file__.rsplit("/", 1)[0].rsplit("\\", 1)[0]
+OWN_PACKAGE = str(Path(__file__).parent.parent)
 
 
 @dataclass(frozen=True)
@@ -212,15 +214,26 @@ def _scopes_watched(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
             handle.remove()
 
 
-def where_it_failed(model: nn.Module, error_traceback: TracebackType | None) -> str:
-    """``in module 'a.b' (file.py:12)``: the deepest module and user line of a traceback."""
+def where_it_failed(
+    model: nn.Module,
+    error_traceback: TracebackType | None,
+    names: Mapping[nn.Module, str] = MappingProxyType({}),
+) -> str:
+    """``in module 'a.b' (file.py:12)``: the deepest module and user line of a traceback.
+
+    Args:
+        model: the model that ran.
+        error_traceback: of the error.
+        names: modules that the user knows by another name than their path in `model`.
+    """
     paths = {id(module): path for path, module in model.named_modules()}
+    paths.update({id(module): name for module, name in names.items()})
     module_path, line = "", ""
     for frame, number in traceback.walk_tb(error_traceback):
         path = paths.get(id(frame.f_locals.get("self")))
         module_path = path or module_path
         filename = frame.f_code.co_filename
-        if path is not None and not filename.startswith(TORCH_PACKAGE):
+        if path is not None and not filename.startswith((TORCH_PACKAGE, OWN_PACKAGE)):
             line = f"{filename}:{number}"
     place = f"in module {module_path!r}" if module_path else "in the model's forward"
     return f"{place} ({line})" if line else place
