@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -66,6 +67,11 @@ def test_the_files_go_on_working_together_in_another_folder() -> None:
             ("2", "deploy"),
         )
     }
+    sizes = json.loads(Path("out/net_ledger.json").read_text())["bytes"]
+    weights = (20 * 64 + 64 * 40 + 40 * 4) * 4
+    assert sizes["float"] > weights
+    assert sizes["fake-quant"] > weights
+    assert weights / 4 < sizes["deploy"] < sizes["float"]
     Path("out").rename("moved")
     fake = ran("moved/net_fake_quant_model.onnx")
     np.testing.assert_array_equal(fake, deployed("moved/net_deploy_model.onnx"))

@@ -37,7 +37,7 @@ def weight_factors(
         scale = arq_scale(
             weight, IntFormat(params.num_bits), layout, channel_wise=params.channel_wise
         )
-        scale_w = tuple(scale.tolist())
+        scale_w = tuple(scale.cpu().tolist())
     return LayerFactors(
         scale_w=scale_w,
         weight_bits=params.num_bits,

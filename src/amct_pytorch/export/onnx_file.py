@@ -88,7 +88,7 @@ def save_onnx(
         files: others that take their places together with this one; None: it goes alone.
 
     Returns:
-        The model file's size in bytes.
+        Bytes written, external data included.
 
     Raises:
         ArgumentTypeError, ArgumentValueError: `path` is no path of a file.
@@ -113,11 +113,21 @@ def save_onnx(
         model, parts = _split(model, external_suffix, file)
     for name in parts:
         check_writable(file.parent / name, what)
+    written = 0
     for name, tensor in parts.items():
-        files.write(file.parent / name, _raw_data(tensor), what=what, announce=False)
+        written += files.write(file.parent / name, _raw_data(tensor), what=what, announce=False)
     if parts:
         files.retire(file)
-    return files.write(file, lambda target: _write(model, target), what=what, announce=announce)
+    return written + files.write(
+        file, lambda target: _write(model, target), what=what, announce=announce
+    )
+
+
+def size_on_disk(path: PathLike) -> int:
+    """Bytes of a model's file and of its external data."""
+    file = Path(path)
+    parts = (file.parent / name for name in _data_files(file))
+    return file.stat().st_size + sum(part.stat().st_size for part in parts)
 
 
 def _write(model: onnx.ModelProto, target: Path) -> None:

@@ -221,7 +221,7 @@ def save_model(modfied_onnx_file: PathLike, record_file: PathLike, save_path: Pa
     from amct_pytorch.export.deploy import build_deploy
     from amct_pytorch.export.fake_quant import build_fake_quant
     from amct_pytorch.export.integer_layer import inexact_in_float32
-    from amct_pytorch.export.onnx_file import load_onnx, save_onnx
+    from amct_pytorch.export.onnx_file import load_onnx, save_onnx, size_on_disk
 
     start_logging(to_file=False)
     started = time.perf_counter()
@@ -244,7 +244,7 @@ def save_model(modfied_onnx_file: PathLike, record_file: PathLike, save_path: Pa
     start_logging(to_file=True)
     with WholeFiles() as files:
         ledger.bytes = {
-            "float": Path(modfied_onnx_file).stat().st_size,
+            "float": size_on_disk(modfied_onnx_file),
             "fake-quant": save_onnx(
                 fake_quant,
                 targets["fake_quant"],

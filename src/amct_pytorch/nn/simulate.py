@@ -48,7 +48,7 @@ class IntegerOperands:
         """The operands of `layer` under complete `factors`."""
         assert factors.scale_d is not None
         device = layer.weight.device
-        scale_w = torch.tensor(factors.scale_w, dtype=torch.float32, device=device)
+        scale_w = torch.tensor(factors.scale_w, dtype=torch.float32).to(device)
         scale_d = torch.tensor(factors.scale_d, dtype=torch.float32)
         weight = (
             IntFormat(factors.weight_bits)

@@ -117,6 +117,7 @@ class Histogram:
         dtype = torch.float32
         if flat.dtype == torch.float64 or inverse < 2.0**-20:
             dtype = torch.float64
+            flat = flat.cpu()  # not every device has float64
         scratch = torch.empty(min(CHUNK, flat.numel()), dtype=dtype, device=flat.device)
         index = torch.empty_like(scratch, dtype=torch.int32)
         # One more bin on each side takes what lies outside.

@@ -156,5 +156,5 @@ def output_entry(original: list[Any], other: list[Any]) -> OutputEntry | None:
     first, second = pairs[0]
     top1 = None
     if first.dim() == 2 and first.shape[1] > 1 and first.shape[0] > 0:
-        top1 = float((first.argmax(1) == second.argmax(1)).double().mean())
+        top1 = float((first.argmax(1) == second.argmax(1)).float().mean())
     return OutputEntry(decibels(worst.sqnr_db), worst.cosine, top1)
