@@ -46,6 +46,25 @@ class WithAutocast(nn.Module):
         return self.head(x.float())
 
 
+class ComputedUnderAutocast(nn.Module):
+    """A layer whose weight is computed in its call, in bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
+        self.second, self.head = LowRank(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            x = torch.relu(self.second(torch.relu(self.first(x))))
+        return self.head(x.float())
+
+
+class LowRank(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight @ self.weight, self.bias)
+
+
 class AutocastJoinsTypes(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -193,11 +212,17 @@ def test_each_layer_keeps_its_own_type(
     assert near(found.original[0], found.stock("qdq.onnx")[0]) > 35
 
 
+@pytest.mark.parametrize(
+    ("build", "shape"), [(WithAutocast, (4, 3, 12, 12)), (ComputedUnderAutocast, (256, 8))]
+)
 def test_a_region_under_autocast_is_exported_in_the_precision_of_its_parameters(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    build: Callable[[], nn.Module],
+    shape: tuple[int, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    found = flow(WithAutocast, ((4, 3, 12, 12),), torch.float32)
+    found = flow(build, (shape,), torch.float32)
     assert len(found.session.layers) == 3
     assert dequant_types() == {0}
     found.check_same_integers()

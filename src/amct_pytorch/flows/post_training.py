@@ -122,7 +122,9 @@ def quantize_model(
         modfied_onnx_file: ONNX file to write. Also accepted as `modified_onnx_file` and
             `modified_onnx_model`.
         record_file: record file to write.
-        model: as given to `create_quant_config`; left untouched.
+        model: as given to `create_quant_config`; left untouched. Layers may be float32, float16
+            or bfloat16; the ONNX model has bfloat16 ones, and inputs and outputs of that type,
+            in float32.
         input_data: example inputs, as there.
         input_names: names of the ONNX model's inputs.
         output_names: names of its outputs.

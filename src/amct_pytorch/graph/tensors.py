@@ -48,11 +48,7 @@ def _described(value: Any) -> str:
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}{where}"
     if isinstance(value, (list, tuple)):
         return f"({', '.join(map(_described, value))})"
-    return (
-        repr(value)
-        if value is None or isinstance(value, (int, float, str))
-        else (type(value).__name__)
-    )
+    return repr(value) if isinstance(value, (bool, int, float, str, type(None))) else "an object"
 
 
 @dataclass(frozen=True)

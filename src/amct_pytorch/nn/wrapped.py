@@ -135,9 +135,10 @@ class CompressedLayer(Wrapped):
 
     def float_result(self, call: LayerCall) -> Tensor:
         """The call on the layer's float operands, in the type that its own have."""
-        if call.weight is not None and call.weight.dtype == torch.bfloat16:
-            return call.run(call.x, self.weight.bfloat16(), self.bias.bfloat16())
-        return call.run(call.x, self.weight, self.bias)
+        dtype = self.weight.dtype if call.weight is None else call.weight.dtype
+        if dtype == self.weight.dtype == self.bias.dtype:
+            return call.run(call.x, self.weight, self.bias)
+        return call.run(call.x, self.weight.to(dtype), self.bias.to(dtype))
 
 
 class Stage:
