@@ -17,11 +17,8 @@ def test_the_default_config_can_be_run():
 @pytest.mark.parametrize(
     ("block", "feature"),
     [
-        ("hfmg_quantize {}", "hfmg_quantize"),
         ("ada_quantize {}", "ada_quantize"),
         ("dmq_balancer {}", "dmq_balancer"),
-        ("arq_quantize { quant_bits: 7 }", "7 bits"),
-        ("arq_quantize { quant_bits: 4 }", "4 bits"),
     ],
 )
 def test_features_to_come(tmp_path, block, feature):

@@ -160,12 +160,12 @@ def test_channel_wise_false_for_convolutions(tmp_path):
     assert not config.layers["conv1"].weight_quant_params.channel_wise
 
 
-def test_four_bits_fall_back_to_eight_where_they_cannot_be_packed(tmp_path, caplog):
+def test_four_bits_are_kept_and_a_fall_back_to_come_is_told(tmp_path, caplog):
     config = from_cfg(tmp_path, "common_config { arq_quantize { quant_bits: 4 } }")
     bits = {name: layer.weight_quant_params.num_bits for name, layer in config.layers.items()}
-    assert bits == {"conv1": 8, "layer1.conv": 4, "layer1.depthwise": 8, "fc": 4}
-    assert "conv1: weights get 8 bits, not 4" in caplog.text
-    assert "layer1.depthwise: weights get 8 bits, not 4" in caplog.text
+    assert bits == {"conv1": 4, "layer1.conv": 4, "layer1.depthwise": 4, "fc": 4}
+    assert "conv1: weights will get 8 bits, not 4" in caplog.text
+    assert "layer1.depthwise: weights will get 8 bits, not 4" in caplog.text
 
 
 def test_a_type_that_the_model_does_not_have_is_logged(tmp_path, caplog):

@@ -161,19 +161,6 @@ class TestLoad:
         config = load(tmp_path, {"shared": {"quant_enable": False}})
         assert config.enabled_layers() == {}
 
-    @pytest.mark.parametrize(
-        ("name", "why"), [("layer1.depthwise", "8 groups"), ("conv1", "3 input channels")]
-    )
-    def test_four_bits_that_cannot_be_packed_become_eight(self, tmp_path, caplog, name, why):
-        bits = {"weight_quant_params": {"num_bits": 4}}
-        config = load(tmp_path, {name: bits, "layer1.conv": bits})
-        assert config.layers[name].weight_quant_params.num_bits == 8
-        assert config.layers["layer1.conv"].weight_quant_params.num_bits == 4
-        [record] = caplog.records
-        assert record.levelname == "WARNING"
-        assert name in record.getMessage()
-        assert why in record.getMessage()
-
     def test_a_step_as_wide_as_the_range_in_decimals(self, tmp_path):
         params = {"num_bits": 8, "search_range": [0.9, 1.0], "search_step": 0.1}
         config = load(tmp_path, {"conv1": {"activation_quant_params": params}})

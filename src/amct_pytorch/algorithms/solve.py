@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from amct_pytorch.algorithms.arq import arq_scale, bias_limit, floored_for_bias
-from amct_pytorch.config.models import CalibrationConfig, IfmrParams
+from amct_pytorch.config.models import ActivationParams, CalibrationConfig, HfmgParams
 from amct_pytorch.formats import INT8, IntFormat
 from amct_pytorch.graph.weight_layout import WeightLayout
+from amct_pytorch.observers.hfmg import search_window
 from amct_pytorch.observers.histogram import Histogram
 from amct_pytorch.observers.range_search import SearchSettings, search_range
 from amct_pytorch.observers.statistics import LayerStatistics
@@ -63,14 +64,7 @@ def complete_factors(
         inputs: what was observed of its input.
     """
     params = config.layers[name].activation_quant_params
-    assert isinstance(params, IfmrParams)
-    settings = SearchSettings(
-        params.max_percentile, params.min_percentile, params.search_range, params.search_step
-    )
-    activation = IntFormat(params.num_bits)
-    scale_d, offset_d = search_range(
-        inputs, settings, activation, symmetric=not config.asymmetric(name)
-    )
+    scale_d, offset_d = input_range(params, inputs, symmetric=not config.asymmetric(name))
     if known.fakequant_precision_mode == "FORCE_FP16_QUANT":
         scale_d = fp16_scale(scale_d)
     scale_w = torch.tensor(known.scale_w)
@@ -85,6 +79,19 @@ def complete_factors(
         skip_fusion=known.skip_fusion,
         fakequant_precision_mode=known.fakequant_precision_mode,
     )
+
+
+def input_range(
+    params: ActivationParams, inputs: Histogram, *, symmetric: bool
+) -> tuple[float, int]:
+    """Scale and offset of an input, by the algorithm that its config names."""
+    activation = IntFormat(params.num_bits)
+    if isinstance(params, HfmgParams):
+        return search_window(inputs, params.num_of_bins, activation, symmetric=symmetric)
+    settings = SearchSettings(
+        params.max_percentile, params.min_percentile, params.search_range, params.search_step
+    )
+    return search_range(inputs, settings, activation, symmetric=symmetric)
 
 
 def fp16_scale(scale: float) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from amct_pytorch.config.models import AdaParams, CalibrationConfig, HfmgParams, LayerConfig
+from amct_pytorch.config.models import AdaParams, CalibrationConfig, LayerConfig
 from amct_pytorch.errors import ConfigError, ProblemList
 
 
@@ -28,24 +28,12 @@ class Unavailable:
 
 UNAVAILABLE = (
     Unavailable(
-        'act_algo "hfmg" (hfmg_quantize)',
-        lambda layer: isinstance(layer.activation_quant_params, HfmgParams),
-    ),
-    Unavailable(
         'wts_algo "ada_quantize"',
         lambda layer: isinstance(layer.weight_quant_params, AdaParams),
     ),
     Unavailable(
         "dmq_balancer_param (dmq_balancer)",
         lambda layer: layer.dmq_balancer_param is not None,
-    ),
-    Unavailable(
-        "weights of 6 or 7 bits",
-        lambda layer: layer.weight_quant_params.num_bits in (6, 7),
-    ),
-    Unavailable(
-        "weights of 4 bits",
-        lambda layer: layer.weight_quant_params.num_bits == 4,
     ),
 )
 

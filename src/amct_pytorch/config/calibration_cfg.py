@@ -15,9 +15,9 @@ from amct_pytorch.config.layer_rules import (
     allowed_inputs,
     allowed_weights,
     configurable,
-    packable_weights,
     unknown_layer,
     unknown_modules,
+    why_not_packed,
 )
 from amct_pytorch.config.models import CalibrationConfig, LayerConfig
 from amct_pytorch.errors import ConfigError, ProblemList, did_you_mean, shown
@@ -193,11 +193,15 @@ def _layer_config(
         channel_wise = LAYER_KINDS[layer.kind].channel_wise
     weights = block.weights.model_copy(update={"channel_wise": channel_wise})
     weights = allowed_weights(layer, weights, tell)
+    reason = why_not_packed(layer) if weights.num_bits == 4 and enabled else None
+    if reason is not None:
+        # The file keeps what was asked for; calibration falls back, and says so in its ledger.
+        logger.warning("%s: weights will get 8 bits, not 4: %s", layer.name, reason)
     return LayerConfig.model_validate(
         {
             "quant_enable": enabled,
             **({} if block.balancer is None else {"dmq_balancer_param": block.balancer}),
             "activation_quant_params": allowed_inputs(layer, block.activation, tell),
-            "weight_quant_params": packable_weights(layer, weights),
+            "weight_quant_params": weights,
         }
     )

@@ -14,7 +14,6 @@ from amct_pytorch.config.layer_rules import (
     allowed_inputs,
     allowed_weights,
     fill_defaults,
-    packable_weights,
     unknown_layer,
     unknown_modules,
 )
@@ -124,6 +123,6 @@ def _layer(layer: SeenLayer, raw: Any, problems: ProblemList) -> LayerConfig | N
     return config.model_copy(
         update={
             "activation_quant_params": inputs,
-            "weight_quant_params": packable_weights(layer, weights),
+            "weight_quant_params": weights,
         }
     )

@@ -10,6 +10,7 @@ from amct_pytorch.config.models import (
     GLOBAL_KEYS,
     ActivationParams,
     ArqParams,
+    CalibrationConfig,
     IfmrParams,
     LayerConfig,
     WeightParams,
@@ -86,24 +87,40 @@ def allowed_weights(layer: SeenLayer, weights: WeightParams, tell: Tell) -> Weig
         names = [name for name, other in LAYER_KINDS.items() if other.low_bit_weights]
         tell("num_bits", f"6 and 7 bits are for {', '.join(names)} only")
         weights = weights.model_copy(update={"num_bits": 8})
+    if weights.num_bits != 8 and not kind.weighted:
+        weights = weights.model_copy(update={"num_bits": 8})
     return weights
 
 
-def packable_weights(layer: SeenLayer, weights: WeightParams) -> WeightParams:
-    """`weights`, with 8 bits for 4 where two weights a byte do not work out; logs that."""
-    if weights.num_bits != 4:
-        return weights
-    if not LAYER_KINDS[layer.kind].weighted:
-        return weights.model_copy(update={"num_bits": 8})
-    if layer.groups == 1 and layer.in_channels % 2 == 0:
-        return weights
-    reason = (
-        f"it has {layer.groups} groups"
-        if layer.groups > 1
-        else f"its {layer.in_channels} input channels are an odd number"
-    )
-    logger.warning("%s: weights get 8 bits, not 4: %s", layer.name, reason)
-    return weights.model_copy(update={"num_bits": 8})
+def why_not_packed(layer: SeenLayer) -> str | None:
+    """Why two 4-bit weights of the layer cannot share a byte; None if they can."""
+    if layer.groups > 1:
+        return f"it has {layer.groups} groups"
+    if layer.in_channels % 2:
+        return f"its {layer.in_channels} input channels are an odd number"
+    return None
+
+
+def with_packable_weights(
+    config: CalibrationConfig, layers: Sequence[SeenLayer]
+) -> tuple[CalibrationConfig, dict[str, str]]:
+    """A config with 8 bits for 4 where two weights a byte do not work out; logs that.
+
+    Returns:
+        The config, and a sentence for each layer that gets 8 bits.
+    """
+    configs, notes = dict(config.layers), {}
+    for layer in layers:
+        asked = configs.get(layer.name)
+        if asked is None or not asked.quant_enable or asked.weight_quant_params.num_bits != 4:
+            continue
+        reason = why_not_packed(layer)
+        if reason is not None:
+            notes[layer.name] = f"weights get 8 bits, not 4: {reason}"
+            logger.warning("%s: %s", layer.name, notes[layer.name])
+            weights = asked.weight_quant_params.model_copy(update={"num_bits": 8})
+            configs[layer.name] = asked.model_copy(update={"weight_quant_params": weights})
+    return config.model_copy(update={"layers": configs}), notes
 
 
 def configurable(layers: Sequence[SeenLayer]) -> list[SeenLayer]:

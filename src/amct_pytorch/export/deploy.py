@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import numpy as np
 import onnx
+import torch
 from onnx import TensorProto
 
 from amct_pytorch.export.integer_layer import IntegerLayer, integer_layers, pack_param
@@ -26,6 +28,8 @@ def build_deploy(
 
     A layer L becomes AscendQuant ``L.quant`` -> L with int8 weights and int32 bias ->
     AscendDequant ``L.dequant``. Two AscendQuant on one tensor with equal factors are one.
+    Weights of 6 and 7 bits are stored as int8; of 4 bits, two in a byte, neighbours along the
+    input channels, the even one in the low half.
 
     Args:
         float_model: float32 or float16 ONNX whose layers' nodes (see `WRITERS`) carry the name
@@ -83,6 +87,10 @@ def rewritten(
 
 
 def _write_layer(graph: OnnxGraph, layer: IntegerLayer) -> None:
+    if layer.weight is not None and layer.weight_format.bits == 4:
+        axis = layer.layer.layout.in_axis
+        packed = layer.weight_format.pack(torch.from_numpy(layer.weight), axis)
+        layer = replace(layer, weight=packed.numpy().view(np.int8))
     WRITERS[layer.layer.node.op_type](graph, layer)
 
 

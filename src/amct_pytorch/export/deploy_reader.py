@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 import numpy as np
 import onnx
+import torch
 from onnx import NodeProto, TensorProto
 
 from amct_pytorch.errors import ExportError
@@ -55,8 +56,8 @@ class DeployLayer:
         last: the node that yields the integers: `node`, or the Add of a MatMul's bias.
         dequant: the AscendDequant.
         quantizer: of its input.
-        weight: int8; Conv [N, C/groups, ...], ConvTranspose [C, N/groups, ...], else [K, N];
-            None for pooling.
+        weight: int8, unpacked; Conv [N, C/groups, ...], ConvTranspose [C, N/groups, ...],
+            else [K, N]; None for pooling.
         bias: int32 [N], or None.
         scale: float32 [1] or [N], what the integers are multiplied with.
         float_type: ONNX type of the result.
@@ -221,6 +222,7 @@ class DeployModel:
                 )
             if attribute(node, "transB", 0):
                 weight = np.ascontiguousarray(weight.T)
+            weight = self._unpacked(node, weight, quantizer)
             if bias_name is None and len(node.input) > 2 and node.input[2]:
                 bias_name = node.input[2]
         elif node.op_type not in POOLING:
@@ -236,6 +238,27 @@ class DeployModel:
         )
         self._check_sizes(layer)
         return layer
+
+    def _unpacked(self, node: NodeProto, weight: np.ndarray, quantizer: Quantizer) -> np.ndarray:
+        """`weight` with every integer in a byte of its own.
+
+        No attribute says that a byte holds two 4-bit weights; then the weight has half as
+        many input channels as the layer's input.
+        """
+        matrix = node.op_type in ("Gemm", "MatMul")
+        axis = 1 - WEIGHTED[node.op_type]
+        moved = node.input[0] != quantizer.output
+        kind = self.graph.value_type(str(node.input[0]) if moved else quantizer.source)
+        sizes = kind.tensor_type.shape.dim if kind is not None else ()
+        if not sizes or attribute(node, "group", 1) != 1:
+            return weight
+        channels = sizes[-1 if matrix else 1].dim_value
+        if channels != 2 * weight.shape[axis]:
+            return weight
+        fmt = IntFormat(4)
+        codes = fmt.unpack(torch.from_numpy(weight.view(np.uint8)), channels, axis)
+        integers: np.ndarray = codes.numpy()
+        return integers
 
     def _check_sizes(self, layer: DeployLayer) -> None:
         for what, value in (("scales", layer.scale), ("biases", layer.bias)):

@@ -34,6 +34,7 @@ class IntegerLayer:
         offset: zero point of the input.
         dequant_scale: float32 scale_w * scale_d, [1] or [N].
         activation: the format of the input.
+        weight_format: the format of the weights; four bits are packed in the deploy model.
     """
 
     layer: LayerNode
@@ -43,6 +44,7 @@ class IntegerLayer:
     offset: int
     dequant_scale: np.ndarray
     activation: IntFormat
+    weight_format: IntFormat
 
     @property
     def quantizer(self) -> tuple[bytes, int, str]:
@@ -132,6 +134,7 @@ def integer_layer(layer: LayerNode, factors: LayerFactors) -> IntegerLayer:
         factors.offset_d,
         factors.dequant_scale(),
         IntFormat(factors.activation_bits),
+        IntFormat(factors.weight_bits),
     )
 
 
@@ -162,11 +165,13 @@ def _integer_bias(layer: LayerNode, scale: np.ndarray) -> np.ndarray:
 
 
 def _check_supported(layer: LayerNode, factors: LayerFactors) -> None:
-    if factors.weight_bits not in (6, 7, 8):
-        raise ExportError(
-            f"layer {layer.name!r}: weights of {factors.weight_bits} bits cannot be deployed yet; "
-            "allowed are 6, 7 and 8"
-        )
+    if factors.weight_bits == 4 and layer.weight is not None:
+        inputs = layer.weight.shape[layer.layout.in_axis]
+        if inputs % 2 or attribute(layer.node, "group", 1) > 1:
+            raise ExportError(
+                f"layer {layer.name!r}: weights of 4 bits cannot be packed with an odd number of "
+                "input channels or with groups; give it wts_type INT8"
+            )
     if factors.activation_bits != 8:
         raise ExportError(
             f"layer {layer.name!r}: inputs of {factors.activation_bits} bits cannot be deployed "

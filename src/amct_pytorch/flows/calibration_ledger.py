@@ -16,6 +16,7 @@ def calibration_ledger(
     graph: ModelGraph,
     config: CalibrationConfig,
     fused: Mapping[str, str],
+    notes: Mapping[str, str],
     result: CalibrationResult,
     seconds: Mapping[str, float],
 ) -> Ledger:
@@ -25,11 +26,12 @@ def calibration_ledger(
         graph: what a look at the model found.
         config: the calibration config.
         fused: BatchNorm folded into each layer, by layer name.
+        notes: what became of the config's wishes, by layer name.
         result: what calibration found.
         seconds: wall time of each step.
     """
     entries = [
-        _quantized(layer, fused, result)
+        _quantized(layer, fused, notes, result)
         if layer.name in result.factors
         else _left_alone(layer, config, result)
         for layer in graph.layers
@@ -68,7 +70,12 @@ def _left_alone(
     return LayerEntry(layer.name, layer.kind, "float", reason, _parameters(layer))
 
 
-def _quantized(layer: SeenLayer, fused: Mapping[str, str], result: CalibrationResult) -> LayerEntry:
+def _quantized(
+    layer: SeenLayer,
+    fused: Mapping[str, str],
+    notes: Mapping[str, str],
+    result: CalibrationResult,
+) -> LayerEntry:
     factors = result.factors[layer.name]
     observed = result.statistics[layer.name].inputs
     errors = result.errors.get(layer.name)
@@ -86,6 +93,8 @@ def _quantized(layer: SeenLayer, fused: Mapping[str, str], result: CalibrationRe
         entry.weight_bits = factors.weight_bits
         entry.weight_scales = len(factors.scale_w)
         entry.weight_scale_range = (min(factors.scale_w), max(factors.scale_w))
+    if layer.name in notes:
+        entry.notes.append(notes[layer.name])
     widened = result.widened.get(layer.name, 0)
     if widened:
         entry.notes.append(f"{widened} weight scales widened to keep the integer bias in range")

@@ -16,6 +16,7 @@ from amct_pytorch.config.calibration_cfg import calibration_config_from_cfg
 from amct_pytorch.config.calibration_json import dump_calibration_json, load_calibration_json
 from amct_pytorch.config.cfg_file import parse_calibration_cfg
 from amct_pytorch.config.defaults import default_calibration_config
+from amct_pytorch.config.layer_rules import with_packable_weights
 from amct_pytorch.config.models import CalibrationConfig
 from amct_pytorch.errors import ConfigError, ExportError, ModelError, RecordError
 from amct_pytorch.files import PathLike, WholeFiles, check_distinct, check_writable, write_whole
@@ -162,6 +163,7 @@ def quantize_model(
     start_logging(to_file=True)
     config = load_calibration_json(config_file, graph.layers, graph.module_names)
     check_available(config, str(config_file))
+    config, notes = with_packable_weights(config, graph.layers)
     names = list(config.enabled_layers())
     if not names:
         raise ConfigError(f"{config_file}: no layer is enabled; {_nothing_to_quantize(graph)}")
@@ -179,7 +181,7 @@ def quantize_model(
 
     def finished(result: CalibrationResult) -> None:
         started = time.perf_counter()
-        ledger = calibration_ledger(graph, config, fused, result, seconds | result.seconds)
+        ledger = calibration_ledger(graph, config, fused, notes, result, seconds | result.seconds)
         layers = compressed_layers(instrumented)
         biases = {name: layers[name].bias for name in result.factors if layers[name].layout}
         metadata = {

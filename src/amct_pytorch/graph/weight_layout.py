@@ -28,6 +28,11 @@ class WeightLayout:
     out_axis: int
     stacked: int = 1
 
+    @property
+    def in_axis(self) -> int:
+        """The axis that counts input channels (those of one group, or of all)."""
+        return 1 - self.out_axis
+
     def channels(self, shape: tuple[int, ...]) -> int:
         """Output channels of a weight of this shape."""
         return shape[self.out_axis] * self.stacked
