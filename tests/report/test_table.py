@@ -124,7 +124,7 @@ def build(errors: dict[str, LayerErrors], widened: dict[str, int], corrects: boo
         ("rare",),
         {},
     )
-    return calibration_ledger(graph, config, {"conv": "bn"}, result, {"x": 0.123456})
+    return calibration_ledger(graph, config, {"conv": "bn"}, {}, result, {"x": 0.123456})
 
 
 def test_calibration_ledger_gives_every_layer_with_its_reason() -> None:
