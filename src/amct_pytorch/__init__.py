@@ -14,27 +14,63 @@ if TYPE_CHECKING:
     from amct_pytorch.export.deploy_session import DeploySession
     from amct_pytorch.export.qdq import deploy_to_qdq
     from amct_pytorch.flows.decomposition import auto_decomposition, decompose_network
+    from amct_pytorch.flows.low_bit import algorithm_register, convert, quantize
     from amct_pytorch.flows.post_training import create_quant_config, quantize_model, save_model
+    from amct_pytorch.low_bit.base_module import BaseQuantizeModule
+
+_PRESETS = (
+    "FP8_OFMR_CFG",
+    "HIFP8_CAST_CFG",
+    "HIFP8_OFMR_CFG",
+    "HIFP8_QUANTILE_CFG",
+    "HIFP8_SMOOTHQUANT_CFG",
+    "INT4_AWQ_WEIGHT_QUANT_CFG",
+    "INT4_GPTQ_WEIGHT_QUANT_CFG",
+    "INT8_MINMAX_WEIGHT_QUANT_CFG",
+    "INT8_SMOOTHQUANT_CFG",
+    "MXFP4_AWQ_WEIGHT_QUANT_CFG",
+    "MXFP8_QUANT_CFG",
+)
 
 _HOMES = {
     "AmctError": "errors",
+    "BaseQuantizeModule": "low_bit.base_module",
     "DeploySession": "export.deploy_session",
+    "algorithm_register": "flows.low_bit",
     "auto_decomposition": "flows.decomposition",
+    "convert": "flows.low_bit",
     "create_quant_config": "flows.post_training",
     "decompose_network": "flows.decomposition",
     "deploy_to_qdq": "export.qdq",
+    "quantize": "flows.low_bit",
     "quantize_model": "flows.post_training",
     "save_model": "flows.post_training",
+    **dict.fromkeys(_PRESETS, "config.presets"),
 }
 
 __version__ = "0.1.0"
 __all__ = [
+    "FP8_OFMR_CFG",
+    "HIFP8_CAST_CFG",
+    "HIFP8_OFMR_CFG",
+    "HIFP8_QUANTILE_CFG",
+    "HIFP8_SMOOTHQUANT_CFG",
+    "INT4_AWQ_WEIGHT_QUANT_CFG",
+    "INT4_GPTQ_WEIGHT_QUANT_CFG",
+    "INT8_MINMAX_WEIGHT_QUANT_CFG",
+    "INT8_SMOOTHQUANT_CFG",
+    "MXFP4_AWQ_WEIGHT_QUANT_CFG",
+    "MXFP8_QUANT_CFG",
     "AmctError",
+    "BaseQuantizeModule",
     "DeploySession",
+    "algorithm_register",
     "auto_decomposition",
+    "convert",
     "create_quant_config",
     "decompose_network",
     "deploy_to_qdq",
+    "quantize",
     "quantize_model",
     "save_model",
 ]
@@ -47,7 +83,8 @@ def __getattr__(name: str) -> Any:
         hint = did_you_mean(name, __all__)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")
     value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value
+    if name not in _PRESETS:  # of these every user gets a dict of their own
+        globals()[name] = value
     return value
 
 

@@ -1,0 +1,1 @@
+"""Layers with weights in few bits: calibration modules, deploy modules, their kernels."""

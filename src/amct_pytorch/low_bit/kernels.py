@@ -1,0 +1,235 @@
+"""Fast paths of `LowBitLinear`: products that torch has kernels for."""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from amct_pytorch.low_bit import int4_layout
+from amct_pytorch.low_bit.reference import divided, reference_linear, scaled_sums, with_bias
+
+if TYPE_CHECKING:
+    from amct_pytorch.low_bit.deploy_linear import LowBitLinear
+
+# Beyond this many tokens at once, dequantizing int8 weights for one float product is faster.
+FEW_TOKENS = 32
+# Relative to the sums of |x · w|: inputs, sums and, in groups, scales are rounded to bfloat16,
+# at most 2^-9 of them each.
+BFLOAT16_TOLERANCE = 3 * 2.0**-9
+
+
+class Kernel(ABC):
+    """One way to run a `LowBitLinear`. Without state: what it needs is on the layer.
+
+    Attributes:
+        name: for `LowBitLinear.kernel`.
+        tolerance: largest difference to the reference, relative to the sum of magnitudes
+            sum |x| |w| of an output. 0: none.
+    """
+
+    name: str
+    tolerance: float = 0.0
+
+    @abstractmethod
+    def fits(self, layer: LowBitLinear, x: Tensor) -> bool:
+        """Whether it can run the layer on inputs of the device and dtype of `x`."""
+
+    def prepare(self, layer: LowBitLinear) -> None:
+        """Brings `packed` into the kernel's order and sets `kernel_factors`, if need be."""
+        layer.kernel_factors = None
+
+    def canonical(self, layer: LowBitLinear) -> Tensor:
+        """`packed` in the order that is stored."""
+        return layer.packed
+
+    @abstractmethod
+    def run(self, layer: LowBitLinear, x: Tensor) -> Tensor:
+        """The output for x [..., K], of its dtype."""
+
+
+class Int8WeightCpu(Kernel):
+    """``torch._weight_int8pack_mm``: int8 weights by tensor or channel, bfloat16 inputs.
+
+    Scales are applied to its sums in float32, so only inputs and sums are rounded to bfloat16.
+    More than FEW_TOKENS tokens at once go through the reference.
+    """
+
+    name = "int8 weights, bfloat16 inputs"
+    tolerance = BFLOAT16_TOLERANCE
+
+    def fits(self, layer: LowBitLinear, x: Tensor) -> bool:
+        """CPU; K a multiple of 16."""
+        weight = layer.spec.weight
+        return (
+            layer.spec.inputs is None
+            and weight.type == "int8"
+            and weight.strategy != "group"
+            and x.device.type == "cpu"
+            and layer.in_features % 16 == 0
+        )
+
+    def run(self, layer: LowBitLinear, x: Tensor) -> Tensor:
+        """y = (x · Qᵀ - offset Σ x) · scale + bias."""
+        if x.numel() > FEW_TOKENS * layer.in_features:
+            return reference_linear(layer, x)
+        tokens = _bfloat16_tokens(layer, x)
+        sums = torch._weight_int8pack_mm(tokens, layer.packed, _ones(layer.out_features))
+        if layer.offset is not None:
+            total = tokens.sum(-1, keepdim=True, dtype=torch.float32)
+            sums = sums - total * layer.offset.view(-1)
+        return _finished(layer, sums * layer.scale.view(-1), x)
+
+
+class Int4WeightCpu(Kernel):
+    """``torch._weight_int4pack_mm_for_cpu``: int4 weights of any granularity, bfloat16 inputs.
+
+    The kernel takes (code - 8) · factor + shift, both bfloat16, for groups of 32 to 256. By
+    tensor or channel, factor is 1 and shift an integer, and scales are applied to the sums in
+    float32; in groups, factor and shift are the rounded scales and offsets.
+    """
+
+    name = "int4 weights, bfloat16 inputs"
+    tolerance = BFLOAT16_TOLERANCE
+    GROUPS = (256, 128, 64, 32)
+
+    def fits(self, layer: LowBitLinear, x: Tensor) -> bool:
+        """CPU; K a multiple of 32, N of 16."""
+        return (
+            layer.spec.inputs is None
+            and layer.spec.weight.type == "int4"
+            and x.device.type == "cpu"
+            and layer.in_features % 32 == 0
+            and layer.out_features % 16 == 0
+        )
+
+    def group(self, layer: LowBitLinear) -> int:
+        """The largest group of the kernel that lies within the layer's groups."""
+        sizes = (layer.spec.weight.group_size or layer.in_features, layer.in_features)
+        return next(group for group in self.GROUPS if not any(size % group for size in sizes))
+
+    def prepare(self, layer: LowBitLinear) -> None:
+        """Orders the codes for the kernel; makes factors and shifts, [K / group, N, 2]."""
+        weight = layer.quantized_weight()
+        by_group = weight.granularity.kind == "group"
+        group = self.group(layer)
+        if by_group:
+            times = (layer.spec.weight.group_size or group) // group
+            count = layer.in_features // group
+            scale = weight.scale.repeat_interleave(times, dim=1)[:, :count]
+            shift = torch.zeros_like(scale)
+            if weight.offset is not None:
+                shift = -weight.offset.repeat_interleave(times, dim=1)[:, :count] * scale
+            layer.kernel_factors = (
+                torch.stack((scale, shift), -1).bfloat16().transpose(0, 1).contiguous()
+            )
+        elif weight.offset is not None:
+            shape = (layer.in_features // group, layer.out_features)
+            shift = -weight.offset.view(-1).expand(shape)
+            factors = torch.stack((torch.ones_like(shift), shift), -1)
+            layer.kernel_factors = factors.bfloat16().contiguous()
+        layer.packed = int4_layout.to_kernel(weight.codes)
+
+    def canonical(self, layer: LowBitLinear) -> Tensor:
+        """The codes brought back from the kernel's order."""
+        codes = int4_layout.from_kernel(layer.packed, layer.in_features)
+        return layer.spec.weight.format.pack(codes)
+
+    def run(self, layer: LowBitLinear, x: Tensor) -> Tensor:
+        """y = x · Wᵀ, scaled where the kernel has not done it, + bias."""
+        group = self.group(layer)
+        factors = layer.kernel_factors
+        if factors is None:
+            factors = _unit_factors(layer.in_features // group, layer.out_features)
+        tokens = _bfloat16_tokens(layer, x)
+        y = torch._weight_int4pack_mm_for_cpu(tokens, layer.packed, group, factors)
+        if layer.spec.weight.strategy != "group":
+            y = y * layer.scale.view(-1)
+        return _finished(layer, y, x)
+
+
+class IntegerProduct(Kernel):
+    """``torch._int_mm``: int8 inputs and symmetric int8 or int4 weights; exact integer sums.
+
+    Codes of int4 weights are unpacked for each product. Used on devices where it proves exact
+    at the ends of the range: x86 instructions without VNNI saturate there.
+    """
+
+    name = "int8 products"
+
+    def fits(self, layer: LowBitLinear, x: Tensor) -> bool:
+        """Where the product is exact; on GPUs K and N multiples of 8."""
+        return (
+            layer.spec.sums_integers
+            and layer.spec.weight.symmetric
+            and (x.device.type == "cpu" or (layer.in_features | layer.out_features) % 8 == 0)
+            and _int_mm_is_exact(x.device)
+        )
+
+    def prepare(self, layer: LowBitLinear) -> None:
+        """With an offset of the inputs: what it adds to each sum, int32 [N]."""
+        if layer.input_offset is not None:
+            layer.kernel_factors = -layer.input_offset * layer.codes().sum(1, dtype=torch.int32)
+
+    def run(self, layer: LowBitLinear, x: Tensor) -> Tensor:
+        """y = (Q_x · Qᵀ + shift + bias) · scales; rows with NaN give NaN."""
+        inputs = layer.input_quantizer()
+        assert inputs is not None
+        steps = divided(layer, x).reshape(-1, layer.in_features)
+        scale, offset = inputs.scales(steps)
+        rounded = (steps / scale).round_().add_(0 if offset is None else offset)
+        integers = inputs.fmt.encode(rounded)
+        sums = _int_mm(integers, layer.codes().t())
+        if layer.kernel_factors is not None:
+            sums = sums.add_(layer.kernel_factors)
+        y = scaled_sums(layer, sums, scale, x.dtype)
+        y = y.masked_fill(steps.isnan().any(-1, keepdim=True), torch.nan)
+        return y.view(*x.shape[:-1], layer.out_features)
+
+
+def _int_mm(a: Tensor, b: Tensor) -> Tensor:
+    """int32 [M, N] = int8 [M, K] · int8 [K, N]; GPUs need more than 16 rows."""
+    short = 17 - len(a) if a.device.type == "cuda" else 0
+    if short <= 0:
+        return torch._int_mm(a, b)
+    return torch._int_mm(torch.nn.functional.pad(a, (0, 0, 0, short)), b)[: len(a)]
+
+
+@functools.cache
+def _int_mm_is_exact(device: torch.device) -> bool:
+    """Whether sums of the largest products come out right."""
+    lowest = torch.full((32, 64), -128, dtype=torch.int8, device=device)
+    ends = torch.where(torch.arange(64, device=device) % 2 == 0, lowest, 127)
+    try:
+        sums = torch.stack([_int_mm(lowest, w.t()) for w in (lowest, ends)])
+    except (RuntimeError, NotImplementedError):
+        return False
+    expected = torch.stack([lowest.double() @ w.double().t() for w in (lowest, ends)])
+    return bool((sums.double() == expected).all())
+
+
+def _bfloat16_tokens(layer: LowBitLinear, x: Tensor) -> Tensor:
+    tokens = x if layer.divisor is None else divided(layer, x)
+    return tokens.reshape(-1, layer.in_features).bfloat16().contiguous()
+
+
+def _finished(layer: LowBitLinear, y: Tensor, x: Tensor) -> Tensor:
+    return with_bias(layer, y).to(x.dtype).view(*x.shape[:-1], layer.out_features)
+
+
+@functools.cache
+def _ones(size: int) -> Tensor:
+    return torch.ones(size, dtype=torch.bfloat16)
+
+
+@functools.cache
+def _unit_factors(groups: int, rows: int) -> Tensor:
+    """Factor 1 and shift 0, shared by all layers of that shape."""
+    return torch.tensor([1.0, 0.0], dtype=torch.bfloat16).repeat(groups, rows, 1)
+
+
+KERNELS: tuple[Kernel, ...] = (Int8WeightCpu(), Int4WeightCpu(), IntegerProduct())
+"""In the order in which they are tried."""

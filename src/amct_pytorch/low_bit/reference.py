@@ -1,0 +1,69 @@
+"""What a low-bit linear layer computes, in plain torch operations on any device."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+if TYPE_CHECKING:
+    from amct_pytorch.low_bit.deploy_linear import LowBitLinear
+
+# Sums of integers up to this are exact in float32, whatever their order.
+EXACT_IN_FLOAT32 = 2**24
+
+
+def reference_linear(layer: LowBitLinear, x: Tensor) -> Tensor:
+    """y = Q_x(x / divisor) · Wᵀ + bias, computed in float32; y has the dtype of x.
+
+    Where inputs and weights are integers with one scale per token and per channel, their
+    products are summed exactly, an integer bias is added, and the sum is scaled once.
+    """
+    steps = divided(layer, x)
+    inputs = layer.input_quantizer()
+    if inputs is None:
+        y = linear(steps, layer.quantized_weight().dequantize())
+    elif not layer.spec.sums_integers:
+        y = linear(inputs.simulate(steps), layer.quantized_weight().dequantize())
+    else:
+        scale, offset = inputs.scales(steps)
+        integers = inputs.fmt.round((steps / scale).round_().add_(0 if offset is None else offset))
+        if offset is not None:
+            integers = integers - offset
+        weight = layer.codes().float()
+        if layer.offset is not None:
+            weight = weight - layer.offset
+        # 255 and 255 are the largest differences of 8-bit integers.
+        exact = layer.in_features * 255 * 255 < EXACT_IN_FLOAT32
+        dtype = torch.float32 if exact else torch.float64
+        return scaled_sums(layer, linear(integers.to(dtype), weight.to(dtype)), scale, x.dtype)
+    return with_bias(layer, y).to(x.dtype)
+
+
+def divided(layer: LowBitLinear, x: Tensor) -> Tensor:
+    """The input in units of the divisor, float32."""
+    return x.float() if layer.divisor is None else x.float() / layer.divisor
+
+
+def scaled_sums(layer: LowBitLinear, sums: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Real outputs from sums of integer products.
+
+    Args:
+        layer: the layer; its weights have one scale for each channel, or one.
+        sums: integers of any dtype that holds them exactly, [..., N], changed.
+        scale: of the inputs, [1] or [..., 1].
+        dtype: of the result.
+    """
+    if layer.bias is not None and not layer.bias.is_floating_point():
+        sums = sums.add_(layer.bias)
+    y = sums.float() * (scale * layer.scale.view(-1))
+    return with_bias(layer, y).to(dtype)
+
+
+def with_bias(layer: LowBitLinear, y: Tensor) -> Tensor:
+    """`y` plus the bias, where that is a floating one."""
+    if layer.bias is None or not layer.bias.is_floating_point():
+        return y
+    return y + layer.bias
