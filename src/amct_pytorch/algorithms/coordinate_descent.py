@@ -1,0 +1,101 @@
+"""Going over rounded weights again: each column, then each scale, given all the others.
+
+After one pass of error feedback a column could not know how those after it would be rounded.
+With E = W - Ŵ and G = E H, the loss tr(E H Eᵀ) as a function of column k alone is least at
+Ŵ_k = W_k + (G_k - H_kk E_k) / H_kk; rounding this is exact, because the function is the same
+parabola around it for each output channel (QuantEase, arXiv 2309.01885, section 3). With the
+multiples Z of a scale held, the best scale is s + (Z·G) / (Z H Zᵀ). No step raises the loss.
+
+Matrices of weights are transposed, [K, N]: see `weight_grid`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from amct_pytorch.algorithms.error_feedback import LEAF, Rounding, granule_spans
+from amct_pytorch.algorithms.weight_grid import Factors
+from amct_pytorch.formats import MicroscalingFormat
+
+# How far one refit may move a scale. Beyond this its multiples no longer fit.
+SCALE_LIMITS = (0.5, 2.0)
+
+
+def sweep(rounding: Rounding, matrix: Tensor, gradient: Tensor) -> None:
+    """Refits each granule's scale and rounds its columns again, all granules in order.
+
+    Args:
+        rounding: rounded weights with factors; the rows of each granule are neighbours.
+            Changed in place.
+        matrix: H, float32 [K, K], positive diagonal.
+        gradient: (E H)ᵀ, [K, N]; kept up to date in place.
+    """
+    weight, error = rounding.weight, rounding.error
+    change = torch.zeros_like(error)
+    diagonal = matrix.diagonal()
+    own = matrix.diagonal().tolist()
+    spans = dict(granule_spans(rounding.granule_of))
+    refits = not isinstance(rounding.grid.fmt, MicroscalingFormat)
+
+    def leaf(start: int, stop: int) -> None:
+        before = error[start:stop].clone()
+        for row in range(start, stop):
+            slope = gradient[row]
+            if row > start:
+                torch.sub(error[row - 1], before[row - 1 - start], out=change[row - 1])
+                slope = torch.addmv(slope, change[start:row].T, matrix[row, start:row])
+            target = torch.add(weight[row], slope, alpha=1 / own[row]).sub_(error[row])
+            rounding.set_row(row, target)
+        torch.sub(error[start:stop], before, out=change[start:stop])
+        gradient[start:stop].addmm_(matrix[start:stop, start:stop], change[start:stop])
+
+    def go(start: int, stop: int) -> None:
+        """Leaves gradient[start:stop] right and what has changed there in `change`."""
+        whole = spans.get(start) == stop and refits
+        if whole:
+            before = error[start:stop].clone()
+            refit(rounding, matrix, gradient, start, stop)
+        edges = [edge for edge in spans if start < edge < stop]
+        if stop - start <= LEAF and not edges:
+            leaf(start, stop)
+        else:
+            half = (start + stop) // 2
+            middle = min(edges, key=lambda edge: abs(edge - half)) if edges else half
+            go(start, middle)
+            gradient[middle:stop].addmm_(matrix[middle:stop, start:middle], change[start:middle])
+            go(middle, stop)
+            gradient[start:middle].addmm_(matrix[start:middle, middle:stop], change[middle:stop])
+        if whole:
+            torch.sub(error[start:stop], before, out=change[start:stop])
+
+    assert bool((diagonal > 0).all())
+    go(0, len(weight))
+
+
+def refit(rounding: Rounding, matrix: Tensor, gradient: Tensor, start: int, stop: int) -> None:
+    """Gives one granule the scale that is best for its multiples; see `sweep`.
+
+    Args:
+        rounding: changed in place.
+        matrix: H.
+        gradient: (E H)ᵀ; rows start to stop are kept up to date, the others are not.
+        start: first row of the granule.
+        stop: the row after its last.
+    """
+    steps = rounding.steps[start:stop]
+    block = matrix[start:stop, start:stop]
+    bend = block @ steps
+    gain = (steps * gradient[start:stop]).sum(0)
+    cost = (steps * bend).sum(0)
+    if rounding.grid.granularity.kind == "tensor":
+        gain, cost = gain.sum().expand_as(gain), cost.sum().expand_as(cost)
+    old = rounding.factors_of(start)
+    # A granule rounded to zeros has no cost and keeps its scale.
+    move = torch.where(cost > 0, gain / cost, torch.zeros_like(gain))
+    low, high = SCALE_LIMITS
+    scale = torch.clamp(old.scale + move, low * old.scale, high * old.scale)
+    move = scale - old.scale
+    rounding.factors[rounding.granule_of[start]] = Factors(scale, old.offset)
+    rounding.error[start:stop].sub_(steps * move)
+    gradient[start:stop].sub_(bend.mul_(move))

@@ -1,0 +1,251 @@
+"""GPTQ: weights rounded so that the errors of one make up for those of the others.
+
+Source: Frantar et al., GPTQ (arXiv 2210.17323), with the order of columns and the damping of its
+public discussion, scales searched under the Hessian, and sweeps of coordinate descent after it
+(arXiv 2309.01885). The steps are in `error_feedback`, `coordinate_descent` and `weight_grid`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from amct_pytorch.algorithms.coordinate_descent import sweep
+from amct_pytorch.algorithms.error_feedback import (
+    Factorization,
+    Rounding,
+    factorize,
+    feed_forward,
+    granule_spans,
+    output_error,
+    upper_times,
+)
+from amct_pytorch.algorithms.weight_grid import Factors, WeightGrid
+from amct_pytorch.errors import ArgumentValueError
+from amct_pytorch.formats import Granularity, NumberFormat
+from amct_pytorch.formats.quantizer import dequantize, params_of, quantize
+
+
+@dataclass(frozen=True)
+class GptqSettings:
+    """How a layer is solved.
+
+    Attributes:
+        damping: added to the Hessian's diagonal, as a fraction of its mean; at least 0. Ten
+            times as much is tried while the factorization fails.
+        act_order: columns with the largest inputs are rounded first, while there are others
+            left to take up their errors.
+        static_groups: all scales are chosen before the first column is rounded, so that columns
+            can be ordered regardless of groups. Without it a group's scales are chosen when
+            it is reached, after feedback, and `act_order` orders the groups by their largest
+            column and the columns within each.
+        sweeps: passes of coordinate descent that follow; at least 0.
+
+    Raises:
+        ArgumentValueError: on construction, for a value that is not allowed above.
+    """
+
+    damping: float = 0.01
+    act_order: bool = True
+    static_groups: bool = True
+    sweeps: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.damping < float("inf"):
+            raise ArgumentValueError(f"damping is {self.damping}; allowed are 0 and above")
+        if self.sweeps < 0:
+            raise ArgumentValueError(f"sweeps is {self.sweeps}; allowed are 0 and above")
+
+
+@dataclass(frozen=True)
+class GptqResult:
+    """A quantized weight and how it was come by.
+
+    Losses are tr(E H Eᵀ) with E = target - quantized weight and H without damping: the mean
+    squared output error of a token, summed over output channels.
+
+    Attributes:
+        codes: [N, K], unpacked, of the format's code dtype.
+        scale: float32 of the granularity's `scales_shape`.
+        offset: int32 of the same shape; None for symmetric quantization.
+        loss_nearest: of rounding each weight to the nearest number.
+        loss: of what is returned, never above `loss_nearest`.
+        damping: what was added to the Hessian's diagonal.
+        dead_columns: how many input channels had no input; their weights became 0.
+        fell_back: why the weights were rounded to the nearest after all; None if they were not.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    offset: Tensor | None
+    loss_nearest: float
+    loss: float
+    damping: float
+    dead_columns: int
+    fell_back: str | None = None
+
+
+def solve_gptq(
+    weight: Tensor,
+    hessian: Tensor,
+    fmt: NumberFormat,
+    granularity: Granularity,
+    *,
+    symmetric: bool = True,
+    settings: GptqSettings = GptqSettings(),  # noqa: B008 - frozen
+    target: Tensor | None = None,
+) -> GptqResult:
+    """Quantizes the weight of a linear layer given the second moments of its input.
+
+    Args:
+        weight: floating [N, K]: N output and K input channels.
+        hessian: [K, K], symmetric, such as `Hessian.mean()`; on the device of `weight`.
+        fmt: the number format.
+        granularity: kind tensor, channel or group. A last group may be short.
+        symmetric: without offsets; False is for integers only.
+        settings: how to solve.
+        target: [N, K], what the layer should come near to instead of `weight`, such as
+            `target_correction.corrected_target`.
+
+    Raises:
+        ArgumentValueError: for shapes that do not fit, values that are not finite, or a
+            combination that is not allowed above.
+    """
+    grid = WeightGrid(fmt, granularity, symmetric)
+    _check(weight, hessian, target)
+    aim = (weight if target is None else target).detach().float()
+    hessian = hessian.float().clone()
+    nearest = _nearest(weight.detach().float(), grid)
+    loss_nearest = output_error((aim - _values(nearest, grid)).T.contiguous(), hessian)
+    dead = hessian.diagonal() <= 0
+    dead_columns = int(dead.sum())
+
+    def fall_back(reason: str, damping: float) -> GptqResult:
+        return GptqResult(
+            *nearest, loss_nearest, loss_nearest, damping, dead_columns, fell_back=reason
+        )
+
+    if dead_columns == len(dead):
+        return fall_back("no input channel had any input", 0.0)
+    hessian[dead, dead] = 1
+    order = _column_order(hessian.diagonal(), grid, settings)
+    factorization = factorize(hessian[order][:, order], settings.damping)
+    if factorization is None:
+        return fall_back("the Hessian is not positive definite, however damped", 0.0)
+    rounding, loss = _round(aim.masked_fill(dead, 0), order, factorization, grid, settings)
+    if not loss <= loss_nearest:
+        return fall_back("rounding to the nearest has the smaller error", factorization.damping)
+    quantized = _quantized(rounding)
+    return GptqResult(*quantized, loss_nearest, loss, factorization.damping, dead_columns)
+
+
+_Quantized = tuple[Tensor, Tensor, Tensor | None]
+
+
+def _column_order(importance: Tensor, grid: WeightGrid, settings: GptqSettings) -> Tensor:
+    """The columns in the order in which they are rounded."""
+    columns = torch.arange(len(importance), device=importance.device)
+    if not settings.act_order:
+        return columns
+    if settings.static_groups:
+        return importance.argsort(descending=True, stable=True)
+    groups = [
+        group[importance[group].argsort(descending=True, stable=True)]
+        for group in columns.split(grid.group_size(len(columns)))
+    ]
+    groups.sort(key=lambda group: -float(importance[group[0]]))
+    return torch.cat(groups)
+
+
+def _round(
+    aim: Tensor,
+    order: Tensor,
+    factorization: Factorization,
+    grid: WeightGrid,
+    settings: GptqSettings,
+) -> tuple[Rounding, float]:
+    """The rounded weight, its columns where they were, and its loss without damping.
+
+    Args:
+        aim: [N, K].
+        order: of the columns, [K].
+        factorization: of the Hessian in that order.
+        grid: the numbers that are allowed.
+        settings: how to solve.
+    """
+    weight = aim.T.contiguous()
+    back = order.argsort()
+    size = grid.group_size(len(weight))
+    granule_of = torch.arange(len(weight), device=order.device) // size
+    diagonal = factorization.matrix.diagonal()
+    factors: list[Factors | None] = [None] * -(-len(weight) // size)
+    if settings.static_groups:
+        groups = zip(weight.split(size), diagonal[back].split(size), strict=True)
+        factors = [grid.search(rows, importance) for rows, importance in groups]
+    ordered = Rounding(weight[order], grid, granule_of[order].tolist(), factors)
+    output = feed_forward(ordered, factorization, diagonal)
+    rounding = Rounding(weight, grid, granule_of.tolist(), ordered.factors)
+    rounding.error, rounding.steps = ordered.error[back], ordered.steps[back]
+    if not settings.sweeps:
+        loss = float(output.square_().sum(dtype=torch.float64))
+    else:
+        matrix = factorization.matrix[back][:, back]
+        gradient = upper_times(factorization.upper, output)[back]
+        for _ in range(settings.sweeps):
+            sweep(rounding, matrix, gradient)
+        loss = float(gradient.mul_(rounding.error).sum(dtype=torch.float64))
+    damped = factorization.damping * float(rounding.error.square().sum(dtype=torch.float64))
+    return rounding, max(loss - damped, 0.0)
+
+
+def _quantized(rounding: Rounding) -> _Quantized:
+    """Codes, scales and offsets of a rounded weight."""
+    grid, steps = rounding.grid, rounding.steps
+    known = [rounding.factors_of(start) for start, _ in granule_spans(rounding.granule_of)]
+    scale = torch.stack([factors.scale for factors in known], dim=1)
+    offset = None
+    if not grid.symmetric:
+        offset = torch.stack([f.offset for f in known if f.offset is not None], dim=1)
+        sizes = torch.tensor([b - a for a, b in granule_spans(rounding.granule_of)])
+        steps = steps + offset.T.repeat_interleave(sizes.to(steps.device), dim=0)
+        offset = _by_granularity(offset, grid).int()
+    return grid.fmt.encode(steps.T), _by_granularity(scale, grid), offset
+
+
+def _by_granularity(factors: Tensor, grid: WeightGrid) -> Tensor:
+    """[N, granules] in the shape of the granularity's scales."""
+    return factors[:1, 0] if grid.granularity.kind == "tensor" else factors
+
+
+def _nearest(weight: Tensor, grid: WeightGrid) -> _Quantized:
+    params = params_of(weight, grid.fmt, grid.granularity, symmetric=grid.symmetric)
+    codes = quantize(weight, params.scale, params.offset, grid.fmt, grid.granularity)
+    return codes, params.scale, params.offset
+
+
+def _values(quantized: _Quantized, grid: WeightGrid) -> Tensor:
+    codes, scale, offset = quantized
+    return dequantize(codes, scale, offset, grid.fmt, grid.granularity)
+
+
+def _check(weight: Tensor, hessian: Tensor, target: Tensor | None) -> None:
+    if weight.dim() != 2 or not weight.numel():
+        raise ArgumentValueError(
+            f"weight has shape {tuple(weight.shape)}; allowed is [N, K], both above 0"
+        )
+    columns = weight.shape[1]
+    if hessian.shape != (columns, columns):
+        raise ArgumentValueError(
+            f"hessian has shape {tuple(hessian.shape)}; a weight of shape "
+            f"{tuple(weight.shape)} needs {(columns, columns)}"
+        )
+    if target is not None and target.shape != weight.shape:
+        raise ArgumentValueError(
+            f"target has shape {tuple(target.shape)}; allowed is that of weight, "
+            f"{tuple(weight.shape)}"
+        )
+    for name, tensor in (("weight", weight), ("hessian", hessian), ("target", target)):
+        if tensor is not None and not bool(tensor.isfinite().all()):
+            raise ArgumentValueError(f"{name} holds NaN or infinity")
