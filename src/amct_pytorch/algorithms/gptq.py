@@ -25,7 +25,7 @@ from amct_pytorch.algorithms.error_feedback import (
 from amct_pytorch.algorithms.weight_grid import Factors, WeightGrid
 from amct_pytorch.errors import ArgumentValueError
 from amct_pytorch.formats import Granularity, NumberFormat
-from amct_pytorch.formats.quantizer import dequantize, params_of, quantize
+from amct_pytorch.formats.quantizer import fake_quantize, params_of, quantize
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def solve_gptq(
     granularity: Granularity,
     *,
     symmetric: bool = True,
-    settings: GptqSettings = GptqSettings(),  # noqa: B008 - frozen
+    settings: GptqSettings = GptqSettings(),
     target: Tensor | None = None,
 ) -> GptqResult:
     """Quantizes the weight of a linear layer given the second moments of its input.
@@ -114,17 +114,27 @@ def solve_gptq(
             combination that is not allowed above.
     """
     grid = WeightGrid(fmt, granularity, symmetric)
+    weight = weight.detach()
     _check(weight, hessian, target)
-    aim = (weight if target is None else target).detach().float()
+    aim = (weight if target is None else target.detach()).float()
     hessian = hessian.float().clone()
-    nearest = _nearest(weight.detach().float(), grid)
-    loss_nearest = output_error((aim - _values(nearest, grid)).T.contiguous(), hessian)
+    params = params_of(weight, fmt, granularity, symmetric=symmetric)
+    nearest = fake_quantize(weight.float(), params.scale, params.offset, fmt, granularity)
+    loss_nearest = output_error((aim - nearest).T.contiguous(), hessian)
     dead = hessian.diagonal() <= 0
     dead_columns = int(dead.sum())
 
     def fall_back(reason: str, damping: float) -> GptqResult:
+        codes = quantize(weight, params.scale, params.offset, fmt, granularity)
         return GptqResult(
-            *nearest, loss_nearest, loss_nearest, damping, dead_columns, fell_back=reason
+            codes,
+            params.scale,
+            params.offset,
+            loss_nearest,
+            loss_nearest,
+            damping,
+            dead_columns,
+            fell_back=reason,
         )
 
     if dead_columns == len(dead):
@@ -137,11 +147,8 @@ def solve_gptq(
     rounding, loss = _round(aim.masked_fill(dead, 0), order, factorization, grid, settings)
     if not loss <= loss_nearest:
         return fall_back("rounding to the nearest has the smaller error", factorization.damping)
-    quantized = _quantized(rounding)
-    return GptqResult(*quantized, loss_nearest, loss, factorization.damping, dead_columns)
-
-
-_Quantized = tuple[Tensor, Tensor, Tensor | None]
+    codes, scale, offset = _quantized(rounding)
+    return GptqResult(codes, scale, offset, loss_nearest, loss, factorization.damping, dead_columns)
 
 
 def _column_order(importance: Tensor, grid: WeightGrid, settings: GptqSettings) -> Tensor:
@@ -188,19 +195,17 @@ def _round(
     output = feed_forward(ordered, factorization, diagonal)
     rounding = Rounding(weight, grid, granule_of.tolist(), ordered.factors)
     rounding.error, rounding.steps = ordered.error[back], ordered.steps[back]
-    if not settings.sweeps:
-        loss = float(output.square_().sum(dtype=torch.float64))
-    else:
+    loss = float(output.square().sum(dtype=torch.float64))
+    if settings.sweeps:
         matrix = factorization.matrix[back][:, back]
         gradient = upper_times(factorization.upper, output)[back]
-        for _ in range(settings.sweeps):
-            sweep(rounding, matrix, gradient)
-        loss = float(gradient.mul_(rounding.error).sum(dtype=torch.float64))
+    for left in reversed(range(settings.sweeps)):
+        loss -= sweep(rounding, matrix, gradient, last=not left)
     damped = factorization.damping * float(rounding.error.square().sum(dtype=torch.float64))
     return rounding, max(loss - damped, 0.0)
 
 
-def _quantized(rounding: Rounding) -> _Quantized:
+def _quantized(rounding: Rounding) -> tuple[Tensor, Tensor, Tensor | None]:
     """Codes, scales and offsets of a rounded weight."""
     grid, steps = rounding.grid, rounding.steps
     known = [rounding.factors_of(start) for start, _ in granule_spans(rounding.granule_of)]
@@ -217,17 +222,6 @@ def _quantized(rounding: Rounding) -> _Quantized:
 def _by_granularity(factors: Tensor, grid: WeightGrid) -> Tensor:
     """[N, granules] in the shape of the granularity's scales."""
     return factors[:1, 0] if grid.granularity.kind == "tensor" else factors
-
-
-def _nearest(weight: Tensor, grid: WeightGrid) -> _Quantized:
-    params = params_of(weight, grid.fmt, grid.granularity, symmetric=grid.symmetric)
-    codes = quantize(weight, params.scale, params.offset, grid.fmt, grid.granularity)
-    return codes, params.scale, params.offset
-
-
-def _values(quantized: _Quantized, grid: WeightGrid) -> Tensor:
-    codes, scale, offset = quantized
-    return dequantize(codes, scale, offset, grid.fmt, grid.granularity)
 
 
 def _check(weight: Tensor, hessian: Tensor, target: Tensor | None) -> None:
@@ -247,5 +241,6 @@ def _check(weight: Tensor, hessian: Tensor, target: Tensor | None) -> None:
             f"{tuple(weight.shape)}"
         )
     for name, tensor in (("weight", weight), ("hessian", hessian), ("target", target)):
-        if tensor is not None and not bool(tensor.isfinite().all()):
+        # NaN and infinity show in the extremes, at one pass and no copy.
+        if tensor is not None and not bool(torch.stack(tensor.aminmax()).isfinite().all()):
             raise ArgumentValueError(f"{name} holds NaN or infinity")
