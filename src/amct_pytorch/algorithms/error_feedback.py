@@ -33,12 +33,10 @@ class Factorization:
     """H + damping·I = U Uᵀ with U upper triangular.
 
     Attributes:
-        matrix: H + damping·I, float32 [K, K].
-        upper: U.
+        upper: U, float32 [K, K].
         damping: what was added to the diagonal.
     """
 
-    matrix: Tensor
     upper: Tensor
     damping: float
 
@@ -66,7 +64,7 @@ def factorize(hessian: Tensor, damping: float) -> Factorization | None:
         # Flipped along both axes, a lower triangular factor becomes an upper triangular one.
         lower, failed = torch.linalg.cholesky_ex(matrix.flip(0, 1))
         if not int(failed) and bool(lower.isfinite().all()):
-            return Factorization(matrix, lower.flip(0, 1), damping * mean)
+            return Factorization(lower.flip(0, 1), damping * mean)
         if damping >= MOST_DAMPING:
             return None
         damping = max(10 * damping, LEAST_DAMPING)
@@ -114,7 +112,7 @@ class Rounding:
         return self.weight - self.error
 
 
-def feed_forward(rounding: Rounding, factorization: Factorization, importance: Tensor) -> Tensor:
+def feed_forward(rounding: Rounding, upper: Tensor, importance: Tensor) -> Tensor:
     """Rounds all rows in order.
 
     Factors that are not known are searched when their granule is reached, on weights that have
@@ -122,14 +120,14 @@ def feed_forward(rounding: Rounding, factorization: Factorization, importance: T
 
     Args:
         rounding: the weights; steps, error and factors are filled in.
-        factorization: of H, in the order of the rows.
+        upper: U, the factor of H + damping·I in the order of the rows, [K, K].
         importance: [K], what a squared error of each row costs in the search for factors.
 
     Returns:
         (E U)ᵀ, [K, N]: its squared norm is tr(E (H + damping·I) Eᵀ).
     """
-    diagonal = factorization.upper.diagonal()
-    feedback = (factorization.upper / diagonal).T.contiguous()
+    diagonal = upper.diagonal()
+    feedback = (upper / diagonal).T.contiguous()
     target = rounding.weight.clone()
     error = rounding.error
     unknown = {

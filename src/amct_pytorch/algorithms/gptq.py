@@ -14,7 +14,6 @@ from torch import Tensor
 
 from amct_pytorch.algorithms.coordinate_descent import sweep
 from amct_pytorch.algorithms.error_feedback import (
-    Factorization,
     Rounding,
     factorize,
     feed_forward,
@@ -114,41 +113,106 @@ def solve_gptq(
             combination that is not allowed above.
     """
     grid = WeightGrid(fmt, granularity, symmetric)
-    weight = weight.detach()
-    _check(weight, hessian, target)
-    aim = (weight if target is None else target.detach()).float()
-    hessian = hessian.float().clone()
-    params = params_of(weight, fmt, granularity, symmetric=symmetric)
-    nearest = fake_quantize(weight.float(), params.scale, params.offset, fmt, granularity)
-    loss_nearest = output_error((aim - nearest).T.contiguous(), hessian)
-    dead = hessian.diagonal() <= 0
-    dead_columns = int(dead.sum())
+    prepared = prepare(hessian, grid, settings)
+    return solve_prepared(weight, prepared, grid, settings, target=target)
 
-    def fall_back(reason: str, damping: float) -> GptqResult:
-        codes = quantize(weight, params.scale, params.offset, fmt, granularity)
-        return GptqResult(
-            codes,
-            params.scale,
-            params.offset,
-            loss_nearest,
-            loss_nearest,
-            damping,
-            dead_columns,
-            fell_back=reason,
+
+@dataclass(frozen=True)
+class PreparedHessian:
+    """What all layers with one input need of their Hessian, to be computed once.
+
+    Attributes:
+        matrix: H + damping·I with 1 on the diagonal of dead columns, float32 [K, K].
+        dead: which input channels had no input, bool [K].
+        order: of the columns in rounding.
+        upper: U Uᵀ is the matrix in that order; None if it cannot be factorized.
+        damping: what was added to the diagonal.
+    """
+
+    matrix: Tensor
+    dead: Tensor
+    order: Tensor
+    upper: Tensor | None
+    damping: float
+
+    def loss(self, error: Tensor) -> float:
+        """tr(E H Eᵀ) without damping and dead columns, for an error [K, N]."""
+        alive = error.masked_fill(self.dead[:, None], 0)
+        damped = self.damping * float(alive.square().sum(dtype=torch.float64))
+        return max(output_error(alive, self.matrix) - damped, 0.0)
+
+
+def prepare(hessian: Tensor, grid: WeightGrid, settings: GptqSettings) -> PreparedHessian:
+    """Orders, damps and factorizes a Hessian.
+
+    Args:
+        hessian: [K, K], symmetric.
+        grid: only its group size matters, and only without `static_groups`.
+        settings: how layers are to be solved; `sweeps` does not matter.
+
+    Raises:
+        ArgumentValueError: if it is no square matrix or holds NaN or infinity.
+    """
+    if hessian.dim() != 2 or hessian.shape[0] != hessian.shape[1] or not hessian.numel():
+        raise ArgumentValueError(
+            f"hessian has shape {tuple(hessian.shape)}; allowed is [K, K], above 0"
         )
-
-    if dead_columns == len(dead):
-        return fall_back("no input channel had any input", 0.0)
-    hessian[dead, dead] = 1
-    order = _column_order(hessian.diagonal(), grid, settings)
-    factorization = factorize(hessian[order][:, order], settings.damping)
+    _check_finite("hessian", hessian)
+    matrix = hessian.float().clone()
+    dead = matrix.diagonal() <= 0
+    matrix[dead, dead] = 1
+    order = _column_order(matrix.diagonal(), grid, settings)
+    factorization = factorize(matrix[order][:, order], settings.damping)
     if factorization is None:
-        return fall_back("the Hessian is not positive definite, however damped", 0.0)
-    rounding, loss = _round(aim.masked_fill(dead, 0), order, factorization, grid, settings)
-    if not loss <= loss_nearest:
-        return fall_back("rounding to the nearest has the smaller error", factorization.damping)
-    codes, scale, offset = _quantized(rounding)
-    return GptqResult(codes, scale, offset, loss_nearest, loss, factorization.damping, dead_columns)
+        return PreparedHessian(matrix, dead, order, None, 0.0)
+    matrix.diagonal().add_(factorization.damping)
+    return PreparedHessian(matrix, dead, order, factorization.upper, factorization.damping)
+
+
+def solve_prepared(
+    weight: Tensor,
+    prepared: PreparedHessian,
+    grid: WeightGrid,
+    settings: GptqSettings,
+    *,
+    target: Tensor | None = None,
+) -> GptqResult:
+    """`solve_gptq` with a Hessian that several layers share.
+
+    Args:
+        weight: floating [N, K].
+        prepared: from `prepare` with the same settings and group size.
+        grid: the numbers that are allowed.
+        settings: how to solve.
+        target: as in `solve_gptq`.
+
+    Raises:
+        ArgumentValueError: for shapes that do not fit, or values that are not finite.
+    """
+    weight = weight.detach()
+    _check(weight, prepared.matrix, target)
+    aim = (weight if target is None else target.detach()).float()
+    fmt, granularity = grid.fmt, grid.granularity
+    params = params_of(weight, fmt, granularity, symmetric=grid.symmetric)
+    nearest = fake_quantize(weight.float(), params.scale, params.offset, fmt, granularity)
+    loss_nearest = prepared.loss((aim - nearest).T.contiguous())
+    dead = int(prepared.dead.sum())
+    damping = prepared.damping
+    if dead == len(prepared.dead):
+        reason = "no input channel had any input"
+    elif prepared.upper is None:
+        reason = "the Hessian is not positive definite, however damped"
+    else:
+        weight_alive = aim.masked_fill(prepared.dead, 0)
+        rounding, loss = _round(weight_alive, prepared, prepared.upper, grid, settings)
+        if loss <= loss_nearest:
+            codes, scale, offset = _quantized(rounding)
+            return GptqResult(codes, scale, offset, loss_nearest, loss, damping, dead)
+        reason = "rounding to the nearest has the smaller error"
+    codes = quantize(weight, params.scale, params.offset, fmt, granularity)
+    return GptqResult(
+        codes, params.scale, params.offset, loss_nearest, loss_nearest, damping, dead, reason
+    )
 
 
 def _column_order(importance: Tensor, grid: WeightGrid, settings: GptqSettings) -> Tensor:
@@ -168,40 +232,40 @@ def _column_order(importance: Tensor, grid: WeightGrid, settings: GptqSettings) 
 
 def _round(
     aim: Tensor,
-    order: Tensor,
-    factorization: Factorization,
+    prepared: PreparedHessian,
+    upper: Tensor,
     grid: WeightGrid,
     settings: GptqSettings,
 ) -> tuple[Rounding, float]:
     """The rounded weight, its columns where they were, and its loss without damping.
 
     Args:
-        aim: [N, K].
-        order: of the columns, [K].
-        factorization: of the Hessian in that order.
+        aim: [N, K], 0 in dead columns.
+        prepared: the Hessian.
+        upper: its factor.
         grid: the numbers that are allowed.
         settings: how to solve.
     """
     weight = aim.T.contiguous()
-    back = order.argsort()
+    order, matrix = prepared.order, prepared.matrix
     size = grid.group_size(len(weight))
     granule_of = torch.arange(len(weight), device=order.device) // size
-    diagonal = factorization.matrix.diagonal()
+    importance = matrix.diagonal()
     factors: list[Factors | None] = [None] * -(-len(weight) // size)
     if settings.static_groups:
-        groups = zip(weight.split(size), diagonal[back].split(size), strict=True)
-        factors = [grid.search(rows, importance) for rows, importance in groups]
+        groups = zip(weight.split(size), importance.split(size), strict=True)
+        factors = [grid.search(rows, weights) for rows, weights in groups]
     ordered = Rounding(weight[order], grid, granule_of[order].tolist(), factors)
-    output = feed_forward(ordered, factorization, diagonal)
+    output = feed_forward(ordered, upper, importance[order])
+    back = order.argsort()
     rounding = Rounding(weight, grid, granule_of.tolist(), ordered.factors)
     rounding.error, rounding.steps = ordered.error[back], ordered.steps[back]
     loss = float(output.square().sum(dtype=torch.float64))
     if settings.sweeps:
-        matrix = factorization.matrix[back][:, back]
-        gradient = upper_times(factorization.upper, output)[back]
+        gradient = upper_times(upper, output)[back]
     for left in reversed(range(settings.sweeps)):
         loss -= sweep(rounding, matrix, gradient, last=not left)
-    damped = factorization.damping * float(rounding.error.square().sum(dtype=torch.float64))
+    damped = prepared.damping * float(rounding.error.square().sum(dtype=torch.float64))
     return rounding, max(loss - damped, 0.0)
 
 
@@ -235,12 +299,18 @@ def _check(weight: Tensor, hessian: Tensor, target: Tensor | None) -> None:
             f"hessian has shape {tuple(hessian.shape)}; a weight of shape "
             f"{tuple(weight.shape)} needs {(columns, columns)}"
         )
-    if target is not None and target.shape != weight.shape:
+    _check_finite("weight", weight)
+    if target is None:
+        return
+    if target.shape != weight.shape:
         raise ArgumentValueError(
             f"target has shape {tuple(target.shape)}; allowed is that of weight, "
             f"{tuple(weight.shape)}"
         )
-    for name, tensor in (("weight", weight), ("hessian", hessian), ("target", target)):
-        # NaN and infinity show in the extremes, at one pass and no copy.
-        if tensor is not None and not bool(torch.stack(tensor.aminmax()).isfinite().all()):
-            raise ArgumentValueError(f"{name} holds NaN or infinity")
+    _check_finite("target", target)
+
+
+def _check_finite(name: str, tensor: Tensor) -> None:
+    # NaN and infinity show in the extremes, at one pass and no copy.
+    if not bool(torch.stack(tensor.aminmax()).isfinite().all()):
+        raise ArgumentValueError(f"{name} holds NaN or infinity")

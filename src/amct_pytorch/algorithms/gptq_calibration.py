@@ -1,0 +1,139 @@
+"""What GPTQ gathers of one layer while batches run through the model.
+
+Layers that are called with the very same tensor (query, key and value; gate and up) share what
+is gathered: one Hessian, one factorization.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from amct_pytorch.algorithms.gptq import (
+    GptqResult,
+    GptqSettings,
+    PreparedHessian,
+    prepare,
+    solve_prepared,
+)
+from amct_pytorch.algorithms.hessian import CHUNK, Hessian
+from amct_pytorch.algorithms.padding import mask_for
+from amct_pytorch.algorithms.target_correction import corrected_target
+from amct_pytorch.algorithms.weight_grid import WeightGrid
+from amct_pytorch.errors import CalibrationError
+
+
+class SharedInput:
+    """The statistics of one input tensor and what has been computed from them.
+
+    Attributes:
+        owner: the calibration that counts new batches.
+        hessian: second moments of the input.
+        crossed: Σ (x - x̂) x̂ᵀ over the tokens with a reference, float32 [K, K]; None before
+            the first.
+        reference_tokens: how many tokens that are.
+    """
+
+    def __init__(self, owner: GptqCalibration, x: Tensor) -> None:
+        self.owner = owner
+        self.hessian = Hessian(x.shape[-1], x.device)
+        self.crossed: Tensor | None = None
+        self.reference_tokens = 0
+        self._prepared: tuple[GptqSettings, int, PreparedHessian] | None = None
+
+    def add(self, x: Tensor, reference: Tensor | None) -> None:
+        """Counts one batch; `reference` is the same input in the float model."""
+        mask = mask_for(x)
+        self.hessian.add(x, mask)
+        self._prepared = None
+        if reference is None:
+            return
+        seen = x.detach().reshape(-1, x.shape[-1])
+        meant = reference.detach().reshape(-1, x.shape[-1])
+        if mask is not None:
+            counts = mask.reshape(-1)
+            seen, meant = seen[counts], meant[counts]
+        if self.crossed is None:
+            self.crossed = torch.zeros(x.shape[-1], x.shape[-1], device=x.device)
+        for quantized, plain in zip(seen.split(CHUNK), meant.split(CHUNK), strict=True):
+            rows = quantized.float()
+            self.crossed.addmm_((plain.float() - rows).T, rows)
+        self.reference_tokens += len(seen)
+
+    def prepared(self, settings: GptqSettings, grid: WeightGrid) -> PreparedHessian:
+        """The factorized Hessian, computed for the first layer that asks."""
+        size = grid.group_size(self.hessian.features)
+        known = self._prepared
+        if known is None or known[:2] != (settings, size):
+            known = (settings, size, prepare(self.hessian.mean(), grid, settings))
+            self._prepared = known
+        return known[2]
+
+
+# Inputs that live now and the statistics that have counted them.
+_counted: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+class GptqCalibration:
+    """Gathers the inputs of one linear layer and solves it.
+
+    Args:
+        name: the layer's, for messages.
+        settings: how to solve.
+    """
+
+    def __init__(self, name: str, settings: GptqSettings) -> None:
+        self.name = name
+        self.settings = settings
+        self.shared: SharedInput | None = None
+
+    def observe(self, x: Tensor, reference: Tensor | None = None) -> None:
+        """Counts one batch of the layer's input; tokens under a `padding_mask` do not count.
+
+        A tensor that a layer before has counted in shared statistics is not counted again. A
+        layer that shares its statistics and is then given another tensor goes on alone from a
+        copy of them.
+
+        Args:
+            x: floating [..., K].
+            reference: the input in the float model for the same tokens, where `x` comes from
+                quantized layers; its difference is made up for.
+
+        Raises:
+            ArgumentValueError: for a token that counts and is not finite.
+        """
+        counted = _counted.get(x)
+        if self.shared is None:
+            self.shared = counted if counted is not None else SharedInput(self, x)
+        if counted is self.shared:
+            return
+        if self.shared.owner is not self:
+            self.shared = copy.deepcopy(self.shared, {id(self.shared.owner): self})
+        self.shared.add(x, reference)
+        _counted[x] = self.shared
+
+    def solve(self, weight: Tensor, grid: WeightGrid) -> GptqResult:
+        """The quantized weight; what was gathered is let go.
+
+        Args:
+            weight: floating [N, K].
+            grid: the numbers that are allowed.
+
+        Raises:
+            CalibrationError: if no token has been counted.
+        """
+        shared, self.shared = self.shared, None
+        if shared is None or not shared.hessian.tokens:
+            raise CalibrationError(
+                f"{self.name}: no input token was seen in calibration; run batches that reach it"
+            )
+        target = None
+        if shared.crossed is not None:
+            crossed = shared.crossed / max(shared.reference_tokens, 1)
+            target = corrected_target(weight, shared.hessian.mean(), crossed)
+        return solve_prepared(
+            weight, shared.prepared(self.settings, grid), grid, self.settings, target=target
+        )
