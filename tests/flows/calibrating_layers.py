@@ -19,21 +19,28 @@ class MinMaxLayer(nn.Module):
 
     def __init__(self, linear, batch_num):
         super().__init__()
+        self.ori_module = linear
         self.weight = nn.Parameter(linear.weight.detach().clone(), requires_grad=False)
         self.batch_num = batch_num
-        self.calibrated = False
-        self.observing = True
+        self.batches_seen = 0
         self.inputs = []
+        self.register_forward_hook(MinMaxLayer.count)
+
+    def count(self, _, __):
+        if not self.calibrated:
+            self.batches_seen += 1
+
+    @property
+    def calibrated(self):
+        return self.batches_seen >= self.batch_num
 
     def forward(self, x):
-        if self.calibrated or not self.observing:
-            return F.linear(x, self.weight)
         output = F.linear(x, self.weight)
-        self.inputs.append(x.clone())
-        self.observe(x)
-        if len(self.inputs) == self.batch_num:
-            self.calibrated = True
-            self.weight.copy_(self.solve())
+        if not self.calibrated:
+            self.inputs.append(x.clone())
+            self.observe(x)
+            if self.batches_seen + 1 == self.batch_num:
+                self.weight.data = self.solve()
         return output
 
     def observe(self, x):

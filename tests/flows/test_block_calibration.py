@@ -21,6 +21,14 @@ def tokens(batches, seed=0, shape=(2, 30, 12)):
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
+def assert_untouched(model):
+    for module in model.modules():
+        own = 1 if isinstance(module, MinMaxLayer) else 0
+        assert len(module._forward_hooks) == own
+        assert not module._forward_pre_hooks
+        assert "forward" not in module.__dict__
+
+
 @pytest.mark.parametrize("returns_tuple", [False, True])
 @pytest.mark.parametrize("batches", [1, 3])
 def test_each_gptq_layer_sees_what_it_gets_in_the_end(batches, returns_tuple):
@@ -133,18 +141,14 @@ def test_the_model_is_left_in_its_mode_and_without_hooks():
     model.blocks[1].eval()
     calibrate_blocks(model, tokens(2))
     assert model.training and model.blocks[0].training and not model.blocks[1].training
-    for module in model.modules():
-        assert not module._forward_pre_hooks and not module._forward_hooks
-        assert "forward" not in module.__dict__
+    assert_untouched(model)
 
 
 def test_an_error_in_the_model_leaves_no_hooks_either():
     _, model = network(GptqLayer, 1)
     with pytest.raises(RuntimeError, match="shapes"):
         calibrate_blocks(model, [torch.zeros(2, 7)])
-    for module in model.modules():
-        assert not module._forward_pre_hooks and not module._forward_hooks
-        assert "forward" not in module.__dict__
+    assert_untouched(model)
 
 
 class TestRefusals:

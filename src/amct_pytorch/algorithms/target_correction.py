@@ -8,7 +8,7 @@ from amct_pytorch.algorithms.error_feedback import factorize
 
 
 def corrected_target(
-    weight: Tensor, hessian: Tensor, crossed: Tensor, damping: float = 0.1
+    weight: Tensor, hessian: Tensor, crossed: Tensor, damping: float = 0.3
 ) -> Tensor:
     """The weight whose output on quantized inputs is nearest to the float layer's on float ones.
 

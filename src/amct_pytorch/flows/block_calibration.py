@@ -21,6 +21,7 @@ from amct_pytorch.nn.forward_patches import (
     StopForward,
     attribute,
     call,
+    forwarded,
     returning,
     stopped_after,
     watched,
@@ -31,17 +32,20 @@ from amct_pytorch.nn.forward_patches import (
 class CalibratingModule(Protocol):
     """A layer that observes its inputs and computes its factors after some batches.
 
-    Two attributes more are optional. `sequential` True: the layer should see its inputs as the
-    quantized layers before it, in the same block too, leave them. `reference`: may be set to
-    the layer's input in the float model before each call.
+    Three attributes more are optional. `sequential` True: the layer should see its inputs as
+    the quantized layers before it, in the same block too, leave them. `reference`: may be set
+    to the layer's input in the float model before each call. `ori_module`: the float layer.
 
     Attributes:
         calibrated: whether its factors are known; its output is then that of quantized weights.
-        observing: False makes an uncalibrated layer compute its float output and nothing else.
+        batches_seen: how many calls it has counted.
     """
 
-    calibrated: bool
-    observing: bool
+    @property
+    def calibrated(self) -> bool:
+        """See above."""
+
+    batches_seen: int
 
 
 def calibrate_blocks(
@@ -186,7 +190,7 @@ class _Pipeline:
             seen: dict[Any, list[Tensor]] = {module: [] for module in _followers(block)}
             with ExitStack() as changes:
                 for module in _pending(block):
-                    changes.enter_context(attribute(module, "observing", False))
+                    changes.enter_context(_float(module))
                 for module, inputs in seen.items():
                     changes.enter_context(watched(module, inputs.append))
                 self._plain[number] = self._forward(number, index, self._plain)
@@ -237,8 +241,25 @@ def _pending(module: nn.Module) -> list[Any]:
 
 
 def _followers(module: nn.Module) -> list[Any]:
-    """Those of them that want to know their input in the float model."""
-    return [m for m in _pending(module) if hasattr(m, "reference")]
+    """Those of them that want to know their input in the float model.
+
+    None if a layer among them cannot be made to compute its float output.
+    """
+    pending = _pending(module)
+    if not all(isinstance(getattr(m, "ori_module", None), nn.Module) for m in pending):
+        return []
+    return [m for m in pending if hasattr(m, "reference")]
+
+
+@contextmanager
+def _float(module: Any) -> Iterator[None]:
+    """The layer computes its float output and nothing else."""
+    seen = module.batches_seen
+    try:
+        with forwarded(module, module.ori_module.forward):
+            yield
+    finally:
+        module.batches_seen = seen
 
 
 @contextmanager

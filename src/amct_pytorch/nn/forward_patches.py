@@ -25,14 +25,20 @@ def call(model: nn.Module, batch: Any) -> Any:
 @contextmanager
 def returning(module: nn.Module, output: Any) -> Iterator[None]:
     """The module returns `output` without running."""
+    with forwarded(module, lambda *args, **kwargs: output):
+        yield
+
+
+@contextmanager
+def forwarded(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """The module's forward is `forward`; its hooks run as before."""
     own = module.__dict__.get("forward")
-    module.__dict__["forward"] = lambda *args, **kwargs: output
+    module.__dict__["forward"] = forward
     try:
         yield
     finally:
-        if own is None:
-            del module.__dict__["forward"]
-        else:
+        del module.__dict__["forward"]
+        if own is not None:
             module.__dict__["forward"] = own
 
 
