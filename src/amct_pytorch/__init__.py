@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from amct_pytorch.errors import AmctError
     from amct_pytorch.export.deploy_session import DeploySession
     from amct_pytorch.export.qdq import deploy_to_qdq
+    from amct_pytorch.flows.block_calibration import calibrate_blocks
     from amct_pytorch.flows.decomposition import auto_decomposition, decompose_network
     from amct_pytorch.flows.low_bit import algorithm_register, convert, quantize
     from amct_pytorch.flows.post_training import create_quant_config, quantize_model, save_model
@@ -38,6 +39,7 @@ _HOMES = {
     "DeploySession": "export.deploy_session",
     "algorithm_register": "flows.low_bit",
     "auto_decomposition": "flows.decomposition",
+    "calibrate_blocks": "flows.block_calibration",
     "convert": "flows.low_bit",
     "create_quant_config": "flows.post_training",
     "decompose_network": "flows.decomposition",
@@ -66,6 +68,7 @@ __all__ = [
     "DeploySession",
     "algorithm_register",
     "auto_decomposition",
+    "calibrate_blocks",
     "convert",
     "create_quant_config",
     "decompose_network",

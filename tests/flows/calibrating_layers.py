@@ -1,4 +1,4 @@
-"""A small network of blocks, and layers that calibrate themselves as the flow's layers do."""
+"""A small network of blocks whose layers remember what they were calibrated on."""
 
 import copy
 
@@ -6,68 +6,29 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from amct_pytorch.algorithms.gptq import GptqSettings
-from amct_pytorch.algorithms.gptq_calibration import GptqCalibration
-from amct_pytorch.algorithms.weight_grid import WeightGrid
-from amct_pytorch.formats import FORMATS, Granularity, dequantize, fake_quantize, params_of
-
-GRID = WeightGrid(FORMATS["int4"], Granularity("channel"))
+import amct_pytorch as amct
+from amct_pytorch.low_bit.gptq import GptqLinear
+from amct_pytorch.low_bit.linear import LinearQuantizeModule
+from amct_pytorch.low_bit.minmax import MinMaxLinear
 
 
-class MinMaxLayer(nn.Module):
-    """Rounds its weight to the nearest after `batch_num` batches; remembers what it saw."""
-
-    def __init__(self, linear, batch_num):
-        super().__init__()
-        self.ori_module = linear
-        self.weight = nn.Parameter(linear.weight.detach().clone(), requires_grad=False)
-        self.batch_num = batch_num
-        self.batches_seen = 0
-        self.inputs = []
-        self.register_forward_hook(MinMaxLayer.count)
-
-    def count(self, _, __):
-        if not self.calibrated:
-            self.batches_seen += 1
-
-    @property
-    def calibrated(self):
-        return self.batches_seen >= self.batch_num
-
-    def forward(self, x):
-        output = F.linear(x, self.weight)
-        if not self.calibrated:
-            self.inputs.append(x.clone())
-            self.observe(x)
-            if self.batches_seen + 1 == self.batch_num:
-                self.weight.data = self.solve()
-        return output
+class Remembering(LinearQuantizeModule):
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.inputs, self.references = [], []
 
     def observe(self, x):
-        pass
-
-    def solve(self):
-        scale = params_of(self.weight, GRID.fmt, GRID.granularity).scale
-        return fake_quantize(self.weight, scale, None, GRID.fmt, GRID.granularity)
+        self.inputs.append(x.clone())
+        self.references.append(getattr(self, "reference", None))
+        super().observe(x)
 
 
-class GptqLayer(MinMaxLayer):
-    sequential = True
+class GptqLayer(Remembering, GptqLinear):
+    pass
 
-    def __init__(self, linear, batch_num):
-        super().__init__(linear, batch_num)
-        self.reference = None
-        self.references = []
-        self.calibration = GptqCalibration("layer", GptqSettings())
 
-    def observe(self, x):
-        self.references.append(self.reference)
-        self.calibration.observe(x, self.reference)
-
-    def solve(self):
-        self.result = self.calibration.solve(self.weight, GRID)
-        r = self.result
-        return dequantize(r.codes, r.scale, r.offset, GRID.fmt, GRID.granularity)
+class MinMaxLayer(Remembering, MinMaxLinear):
+    pass
 
 
 class Block(nn.Module):
@@ -102,20 +63,24 @@ class Network(nn.Module):
 
 
 def network(layer, batch_num, skip=("first",), seed=0, **options):
-    """The float network and one whose linear layers are `layer`."""
+    """The float network, and one under calibration with layers of that class."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         plain = Network(**options)
     changed = copy.deepcopy(plain)
-    for name, module in list(changed.named_modules()):
-        if isinstance(module, nn.Linear) and name not in skip:
-            parent = changed.get_submodule(name.rpartition(".")[0])
-            setattr(parent, name.rpartition(".")[2], layer(module, batch_num))
+    amct.algorithm_register(layer.__name__, "Linear", layer)
+    config = {
+        "batch_num": batch_num,
+        "quant_cfg": {"weights": {"type": "int4", "strategy": "channel"}},
+        "algorithm": layer.__name__,
+        "skip_layers": skip,
+    }
+    amct.quantize(changed, config)
     return plain, changed
 
 
 def layers(model):
-    return {name: m for name, m in model.named_modules() if isinstance(m, MinMaxLayer)}
+    return {name: m for name, m in model.named_modules() if isinstance(m, Remembering)}
 
 
 def seen_inputs(model, batches, names):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,9 @@ from amct_pytorch.errors import (
     CalibrationError,
     ModelError,
 )
+from amct_pytorch.flows.arguments import public_call
 from amct_pytorch.flows.block_search import Blocks, find_blocks
+from amct_pytorch.low_bit.base_module import BaseQuantizeModule
 from amct_pytorch.nn.forward_patches import (
     StopForward,
     attribute,
@@ -28,26 +30,7 @@ from amct_pytorch.nn.forward_patches import (
 )
 
 
-@runtime_checkable
-class CalibratingModule(Protocol):
-    """A layer that observes its inputs and computes its factors after some batches.
-
-    Three attributes more are optional. `sequential` True: the layer should see its inputs as
-    the quantized layers before it, in the same block too, leave them. `reference`: may be set
-    to the layer's input in the float model before each call. `ori_module`: the float layer.
-
-    Attributes:
-        calibrated: whether its factors are known; its output is then that of quantized weights.
-        batches_seen: how many calls it has counted.
-    """
-
-    @property
-    def calibrated(self) -> bool:
-        """See above."""
-
-    batches_seen: int
-
-
+@public_call
 def calibrate_blocks(
     model: nn.Module,
     inputs: Iterable[Any],
@@ -157,8 +140,8 @@ class _Pipeline:
                         if (module, number) in references:
                             meant = references[module, number]
                             changes.enter_context(attribute(module, "reference", meant))
-                        if at_once:
-                            changes.enter_context(_quantized_once_calibrated(module))
+                        if at_once and hasattr(module, "quantized_at_once"):
+                            changes.enter_context(attribute(module, "quantized_at_once", True))
                     if in_order and not at_once:
                         changes.enter_context(_stopped_at_second_input(pending))
                     output = self._forward(number, index, self._outputs)
@@ -237,7 +220,7 @@ class _Pipeline:
 
 def _pending(module: nn.Module) -> list[Any]:
     """The layers in a module that are still to be calibrated."""
-    return [m for m in module.modules() if isinstance(m, CalibratingModule) and not m.calibrated]
+    return [m for m in module.modules() if isinstance(m, BaseQuantizeModule) and not m.calibrated]
 
 
 def _followers(module: nn.Module) -> list[Any]:
@@ -260,20 +243,6 @@ def _float(module: Any) -> Iterator[None]:
             yield
     finally:
         module.batches_seen = seen
-
-
-@contextmanager
-def _quantized_once_calibrated(module: Any) -> Iterator[None]:
-    """The call that completes a layer's calibration returns its quantized output."""
-
-    def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        return module.forward(*args, **kwargs) if module.calibrated else output
-
-    handle = module.register_forward_hook(hook, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 @contextmanager

@@ -15,6 +15,9 @@ from amct_pytorch.low_bit.deploy_linear import LowBitLinear
 from amct_pytorch.low_bit.solution import LinearSolution, is_finite
 from amct_pytorch.observers.statistics import Agreement, sample
 
+# About how many tokens the error of a layer is measured on where not on all.
+MEASURED_TOKENS = 1024
+
 
 class LinearQuantizeModule(BaseQuantizeModule):
     """A Linear under calibration; a subclass says what it collects and how it solves.
@@ -36,7 +39,12 @@ class LinearQuantizeModule(BaseQuantizeModule):
         request: what the config asks for this layer.
         ori_module: the float layer; None after solving, so that its memory is free.
         deploy: the quantized layer; None before solving.
+        quantized_at_once: the call that completes calibration returns the simulated quantized
+            output, for the layers behind to be calibrated on; its error is then measured on
+            some of the tokens.
     """
+
+    quantized_at_once = False
 
     def __init__(
         self, ori_module: nn.Module, layer_name: str, quant_config: Mapping[str, Any]
@@ -92,14 +100,21 @@ class LinearQuantizeModule(BaseQuantizeModule):
                 f"batch {self.batches_seen + 1}; check the calibration data and the layers "
                 "before this one"
             )
+        # Layers tell by the tensor itself whether they share an input: none is made of it here.
+        if self.in_last_batch and self.quantized_at_once:
+            with torch.no_grad():
+                self.observe(x)
+                tokens = _some_tokens(x)
+                simulated: Tensor = self._finish(tokens, self.ori_module(tokens))(x)
+                return simulated
         y: Tensor = self.ori_module(x)
         with torch.no_grad():
-            self.observe(x.detach())
+            self.observe(x)
             if self.in_last_batch:
                 self._finish(x.detach(), y.detach())
         return y
 
-    def _finish(self, x: Tensor, y: Tensor) -> None:
+    def _finish(self, x: Tensor, y: Tensor) -> LowBitLinear:
         """Solves, and measures what that did to the output of the last batch."""
         assert self.ori_module is not None
         solution = self.solve()
@@ -114,6 +129,7 @@ class LinearQuantizeModule(BaseQuantizeModule):
         self.outcome.notes.extend([*solution.notes, *self.deploy.notes])
         self.outcome.measured(agreement, self.deploy.stored_bytes())
         self.ori_module = None
+        return self.deploy
 
     def extra_repr(self) -> str:
         """Formats, and how far calibration is."""
@@ -124,3 +140,9 @@ class LinearQuantizeModule(BaseQuantizeModule):
             f"weights {self.wts_type} by {kind}{inputs}, "
             f"{self.batches_seen} of {self.batch_num} batches seen"
         )
+
+
+def _some_tokens(x: Tensor) -> Tensor:
+    """At most 2 * MEASURED_TOKENS tokens of inputs [..., K] at even distances, [tokens, K]."""
+    tokens = x.detach().reshape(-1, x.shape[-1])
+    return tokens[:: max(1, len(tokens) // MEASURED_TOKENS)]
