@@ -13,11 +13,13 @@ import torch
 from torch import nn
 
 import amct_pytorch as amct
+from amct_pytorch.low_bit.gptq import GptqOptions
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 DECOMPOSITION_GUIDE = ROOT / "docs" / "decomposition.md"
 FORMATS_GUIDE = ROOT / "docs" / "formats.md"
+GPTQ_GUIDE = ROOT / "docs" / "gptq.md"
 PTQ_GUIDE = ROOT / "docs" / "ptq.md"
 
 
@@ -98,3 +100,17 @@ def test_the_script_of_the_formats_guide_runs_and_its_table_names_every_format()
     # At the ends up to half a step more: the offset is rounded too.
     assert (names["restored"] - names["weight"]).abs().max() <= 2 * half_step
     assert re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE) == 2 * list(names["FORMATS"])
+
+
+def test_the_script_of_the_gptq_guide_runs_and_its_options_exist():
+    text = GPTQ_GUIDE.read_text()
+    script = re.search(r"```python\n(.*?)```", text, re.DOTALL)
+    assert script is not None
+    torch.manual_seed(0)
+    names: dict[str, object] = {}
+    exec(compile(script.group(1), str(GPTQ_GUIDE), "exec"), names)
+    layers = names["model"].amct_ledger.layers
+    assert [layer.status for layer in layers] == ["deployed"] * 6
+    table = text.split("## Options")[1].split("## What")[0]
+    told = dict(re.findall(r"^\| `(\w+)` \| ([\w.]+) \|", table, re.MULTILINE))
+    assert told == {name: str(value) for name, value in GptqOptions().model_dump().items()}
