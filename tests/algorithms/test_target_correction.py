@@ -1,6 +1,6 @@
 import torch
 
-from amct_pytorch.algorithms.target_correction import corrected_target
+from amct_pytorch.algorithms.target_correction import correction
 
 
 def inputs():
@@ -12,7 +12,7 @@ def inputs():
 
 def corrected(x, seen, weight, damping):
     hessian = seen.T @ seen / len(x)
-    return corrected_target(weight, hessian, (x - seen).T @ seen / len(x), damping)
+    return weight + weight @ correction(hessian, (x - seen).T @ seen / len(x), damping)
 
 
 def test_without_damping_it_is_the_least_squares_weight():

@@ -106,7 +106,7 @@ def solve_gptq(
         symmetric: without offsets; False is for integers only.
         settings: how to solve.
         target: [N, K], what the layer should come near to instead of `weight`, such as
-            `target_correction.corrected_target`.
+            one corrected by `target_correction`.
 
     Raises:
         ArgumentValueError: for shapes that do not fit, values that are not finite, or a

@@ -21,7 +21,7 @@ from amct_pytorch.algorithms.gptq import (
 )
 from amct_pytorch.algorithms.hessian import CHUNK, Hessian
 from amct_pytorch.algorithms.padding import mask_for
-from amct_pytorch.algorithms.target_correction import corrected_target
+from amct_pytorch.algorithms.target_correction import correction
 from amct_pytorch.algorithms.weight_grid import WeightGrid
 from amct_pytorch.errors import CalibrationError
 
@@ -42,13 +42,15 @@ class SharedInput:
         self.hessian = Hessian(x.shape[-1], x.device)
         self.crossed: Tensor | None = None
         self.reference_tokens = 0
+        # Computed for the first layer that asks, and outdated by another batch.
         self._prepared: tuple[GptqSettings, int, PreparedHessian] | None = None
+        self._correction: tuple[Tensor | None] | None = None
 
     def add(self, x: Tensor, reference: Tensor | None) -> None:
         """Counts one batch; `reference` is the same input in the float model."""
         mask = mask_for(x)
         self.hessian.add(x, mask)
-        self._prepared = None
+        self._prepared = self._correction = None
         if reference is None:
             return
         seen = x.detach().reshape(-1, x.shape[-1])
@@ -71,6 +73,16 @@ class SharedInput:
             known = (settings, size, prepare(self.hessian.mean(), grid, settings))
             self._prepared = known
         return known[2]
+
+    def target(self, weight: Tensor) -> Tensor | None:
+        """What to bring a weight near to; None: the weight itself."""
+        if self.crossed is None:
+            return None
+        if self._correction is None:
+            crossed = self.crossed / max(self.reference_tokens, 1)
+            self._correction = (correction(self.hessian.mean(), crossed),)
+        (found,) = self._correction
+        return None if found is None else torch.addmm(weight.float(), weight.float(), found)
 
 
 # Inputs that live now and the statistics that have counted them.
@@ -130,10 +142,6 @@ class GptqCalibration:
             raise CalibrationError(
                 f"{self.name}: no input token was seen in calibration; run batches that reach it"
             )
-        target = None
-        if shared.crossed is not None:
-            crossed = shared.crossed / max(shared.reference_tokens, 1)
-            target = corrected_target(weight, shared.hessian.mean(), crossed)
-        return solve_prepared(
-            weight, shared.prepared(self.settings, grid), grid, self.settings, target=target
-        )
+        prepared = shared.prepared(self.settings, grid)
+        target = shared.target(weight)
+        return solve_prepared(weight, prepared, grid, self.settings, target=target)

@@ -7,10 +7,8 @@ from torch import Tensor
 from amct_pytorch.algorithms.error_feedback import factorize
 
 
-def corrected_target(
-    weight: Tensor, hessian: Tensor, crossed: Tensor, damping: float = 0.3
-) -> Tensor:
-    """The weight whose output on quantized inputs is nearest to the float layer's on float ones.
+def correction(hessian: Tensor, crossed: Tensor, damping: float = 0.3) -> Tensor | None:
+    """What takes a weight W to the one whose outputs on quantized inputs are nearest: W + W P.
 
     Asymmetric calibration (GPTAQ, arXiv 2504.02692, section 3) asks for min ‖W X - V X̂‖². Its
     solution before rounding is V = W + W (X - X̂) X̂ᵀ (X̂ X̂ᵀ)⁻¹, and rounding V under X̂ X̂ᵀ is
@@ -18,17 +16,15 @@ def corrected_target(
     data, and without damping it fits their noise as well.
 
     Args:
-        weight: floating [N, K].
         hessian: mean of x̂ x̂ᵀ over tokens, [K, K], x̂ the input behind quantized layers.
         crossed: mean of (x - x̂) x̂ᵀ over the same tokens, [K, K], x the input in the float
             model.
-        damping: as a fraction of the mean of the Hessian's diagonal.
+        damping: as a fraction of the mean of the Hessian's diagonal. 0.3 left the least
+            divergence on a language model of 0.03, 0.1 and 0.3.
 
     Returns:
-        float32 [N, K]; W where the Hessian cannot be factorized.
+        P, float32 [K, K], the same for all layers with this input; None where the Hessian
+        cannot be factorized.
     """
-    weight = weight.detach().float()
     factorization = factorize(hessian.float(), damping)
-    if factorization is None:
-        return weight
-    return weight + factorization.solve((weight @ crossed.float()).T).T
+    return None if factorization is None else factorization.solve(crossed.float().T).T
