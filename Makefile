@@ -22,7 +22,7 @@ PY_DIRS := $(wildcard src tests examples benchmarks)
 
 .DEFAULT_GOAL := help
 .PHONY: help env test fuzz lint format types proto demo bench bench-peers bench-table \
-  bench-decomposition bench-finetune bench-flow real-models clean distclean
+  bench-decomposition bench-finetune bench-flow bench-gptq real-models clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -36,6 +36,7 @@ help:
 	@echo "make bench        run every contender whose environment is there; rewrite the table"
 	@echo "make bench-decomposition, make bench-finetune    figures of tensor decomposition"
 	@echo "make bench-flow   time and memory of the flow on a network of ResNet-50's shape"
+	@echo "make bench-gptq   one GPTQ layer against the textbook loop"
 	@echo "make real-models  quantize a sentence encoder, waifu2x and a 3-D U-Net; check their figures"
 	@echo "make clean        remove caches and outputs; make distclean also the environments"
 
@@ -124,6 +125,9 @@ bench-table: env
 bench-flow: env
 	$(PIP) install --quiet --no-deps sympy mpmath
 	$(BIN)/python benchmarks/flow_costs.py
+
+bench-gptq: env
+	$(BIN)/python benchmarks/gptq.py
 
 bench-decomposition: env
 	$(PIP) install --quiet --no-deps tensorly==0.10.0 tensorly-torch==0.5.0 opt_einsum scipy
