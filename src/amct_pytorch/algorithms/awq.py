@@ -1,0 +1,172 @@
+"""AWQ: input channels that carry large activations get finer weights.
+
+Source: Lin et al., AWQ (arXiv 2306.00978), section 3.2. W x = (W diag(s)) (diag(s)^-1 x): a channel
+multiplied by s > 1 before rounding has its rounding error divided by s afterwards, at the price
+of a wider range for all that share its scale. s = (mean|x|)^a, a on a grid, by the error of the
+output. Then ranges of granules are narrowed where the output error falls (`clip_search`).
+
+Output errors are not measured on samples: for a linear layer they follow exactly from the
+second moments H = E[x xᵀ] of all calibration tokens, as tr(E H Eᵀ) with E the weights' error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from amct_pytorch.algorithms.clip_search import clip_search
+from amct_pytorch.algorithms.weight_grid import WeightGrid
+from amct_pytorch.errors import ArgumentValueError
+from amct_pytorch.formats import QuantParams
+from amct_pytorch.formats.quantizer import fake_quantize, params_of
+
+
+@dataclass(frozen=True)
+class AwqSettings:
+    """What is searched.
+
+    Attributes:
+        grids_num: how many exponents are tried, 0, 1/n … (n - 1)/n; at least 1.
+        clip: whether ranges are narrowed afterwards.
+
+    Raises:
+        ArgumentValueError: on construction, for a value that is not allowed above.
+    """
+
+    grids_num: int = 20
+    clip: bool = True
+
+    def __post_init__(self) -> None:
+        if self.grids_num < 1:
+            raise ArgumentValueError(f"grids_num is {self.grids_num}; allowed are 1 and above")
+
+
+@dataclass(frozen=True)
+class AwqLayer:
+    """One quantized layer; losses are mean squared output errors of a token, summed over outputs.
+
+    Attributes:
+        weight: W diag(s) as quantized, float32 [N, K]; the layer's input is divided by s.
+        params: scale and offset of its granules.
+        loss_nearest: of rounding W to the nearest without any search.
+        loss: of what is returned.
+    """
+
+    weight: Tensor
+    params: QuantParams
+    loss_nearest: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class AwqResult:
+    """Layers that share an input.
+
+    Attributes:
+        input_scale: s, float32 [K], positive; all ones where no exponent helps.
+        alpha: the exponent chosen.
+        layers: one entry a layer, in the order given. Their total loss is never above that of
+            rounding to the nearest.
+    """
+
+    input_scale: Tensor
+    alpha: float
+    layers: tuple[AwqLayer, ...]
+
+
+def solve_awq(
+    weights: Sequence[Tensor],
+    second_moments: Tensor,
+    mean_abs: Tensor,
+    grid: WeightGrid,
+    settings: AwqSettings = AwqSettings(),
+) -> AwqResult:
+    """Chooses the input scale of layers that share an input, and quantizes them with it.
+
+    Args:
+        weights: floating [N_i, K] each, on one device.
+        second_moments: float32 [K, K], mean of x xᵀ over tokens.
+        mean_abs: float32 [K], mean of |x| over tokens.
+        grid: the numbers that weights may take.
+        settings: what is searched.
+
+    Raises:
+        ArgumentValueError: for shapes that do not fit, or values that are not finite.
+    """
+    _check(weights, second_moments, mean_abs)
+    floats = [weight.float() for weight in weights]
+    best_alpha, best_scale, least = 0.0, torch.ones_like(mean_abs), float("inf")
+    nearest: list[float] = []
+    for step in range(settings.grids_num):
+        alpha = step / settings.grids_num
+        scale = awq_scale(mean_abs, alpha)
+        losses = [
+            output_loss(_rounded(weight * scale, grid)[0] / scale - weight, second_moments)
+            for weight in floats
+        ]
+        if step == 0:
+            nearest = losses
+        if sum(losses) < least:
+            best_alpha, best_scale, least = alpha, scale, sum(losses)
+    moments = second_moments / best_scale / best_scale[:, None]
+    layers = []
+    for weight, loss_nearest in zip(floats, nearest, strict=True):
+        scaled = weight * best_scale
+        quantized, params = _rounded(scaled, grid)
+        if settings.clip:
+            params = clip_search(scaled, params, moments, grid)
+            quantized = _fake(scaled, params, grid)
+        loss = output_loss(quantized - scaled, moments)
+        layers.append(AwqLayer(quantized, params, loss_nearest, loss))
+    return AwqResult(best_scale, best_alpha, tuple(layers))
+
+
+def awq_scale(mean_abs: Tensor, alpha: float) -> Tensor:
+    """mean_abs^alpha, divided by the geometric mean of its extremes; 1 for channels without input.
+
+    The division keeps the range of the scaled weights where it was.
+    """
+    alive = mean_abs > 0
+    if alpha == 0 or not bool(alive.any()):
+        return torch.ones_like(mean_abs)
+    logs = mean_abs.where(alive, 1.0).log() * alpha
+    low = logs.where(alive, torch.inf).amin()
+    high = logs.where(alive, -torch.inf).amax()
+    return (logs - (low + high) / 2).exp().where(alive, 1.0)
+
+
+def output_loss(error: Tensor, second_moments: Tensor) -> float:
+    """tr(E H Eᵀ): the mean squared output error of a token that a weight error [N, K] causes."""
+    return float(((error @ second_moments) * error).sum(dtype=torch.float64))
+
+
+def _rounded(weight: Tensor, grid: WeightGrid) -> tuple[Tensor, QuantParams]:
+    params = params_of(weight, grid.fmt, grid.granularity, symmetric=grid.symmetric)
+    return _fake(weight, params, grid), params
+
+
+def _fake(weight: Tensor, params: QuantParams, grid: WeightGrid) -> Tensor:
+    return fake_quantize(weight, params.scale, params.offset, grid.fmt, grid.granularity)
+
+
+def _check(weights: Sequence[Tensor], second_moments: Tensor, mean_abs: Tensor) -> None:
+    if not weights:
+        raise ArgumentValueError("weights is empty; give at least one")
+    features = mean_abs.numel()
+    if mean_abs.dim() != 1 or second_moments.shape != (features, features):
+        raise ArgumentValueError(
+            f"second_moments has shape {tuple(second_moments.shape)} and mean_abs "
+            f"{tuple(mean_abs.shape)}; allowed are [K, K] and [K]"
+        )
+    for index, weight in enumerate(weights):
+        if weight.dim() != 2 or weight.shape[1] != features or not weight.numel():
+            raise ArgumentValueError(
+                f"weights[{index}] has shape {tuple(weight.shape)}; allowed is [N, {features}]"
+            )
+    named = {f"weights[{i}]": weight for i, weight in enumerate(weights)}
+    for name, value in {**named, "second_moments": second_moments, "mean_abs": mean_abs}.items():
+        if not bool(value.isfinite().all()):
+            raise ArgumentValueError(f"{name} holds NaN or infinity")
