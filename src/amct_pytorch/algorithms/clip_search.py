@@ -91,7 +91,7 @@ def _params(chosen: list[Factors], weight: Tensor, grid: WeightGrid) -> QuantPar
 
     def gathered(parts: list[Tensor]) -> Tensor:
         stacked = torch.stack(parts, dim=1)
-        return stacked.flatten()[: 1] if shape == (1,) else stacked.reshape(shape)
+        return stacked.flatten()[:1] if shape == (1,) else stacked.reshape(shape)
 
     offsets = [factors.offset for factors in chosen if factors.offset is not None]
     return QuantParams(
