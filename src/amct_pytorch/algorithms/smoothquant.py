@@ -6,7 +6,7 @@ weights multiplied by s_j = max|x_j|^a / max|w_j|^(1-a) for each input channel j
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -98,24 +98,30 @@ def choose_strength(
         quantized_output: gives the output [tokens, N] for `tokens` of the layer quantized with
             given factors, without bias.
     """
-    asked = smooth_factors(input_max, weight_max, strength)
-    meant = tokens @ weight.float().T
+    tried = [strength + (1 - strength) * step / (STRENGTHS - 1) for step in range(STRENGTHS)]
+    factors = [smooth_factors(input_max, weight_max, one) for one in dict.fromkeys(tried)]
+    outputs = map(quantized_output, factors)
+    best, error, error_asked = least_relative_error(outputs, tokens @ weight.float().T)
+    return Smoothing(factors[best], tried[best], error, error_asked)
+
+
+def least_relative_error(outputs: Iterable[Tensor], meant: Tensor) -> tuple[int, float, float]:
+    """Which of several outputs is nearest, each token's error relative to its own output.
+
+    Args:
+        outputs: [tokens, N] each.
+        meant: float output [tokens, N].
+
+    Returns:
+        Index of the best, the first one of equals; its mean relative squared error; the first
+        one's. 0 and no errors where no token has an output.
+    """
     power = meant.square().sum(1)
     alive = power > 0
     if not bool(alive.any()):
-        return Smoothing(asked, strength, 0.0, 0.0)
-    best: Smoothing | None = None
-    error_asked = 0.0
-    for step in range(STRENGTHS):
-        tried = strength + (1 - strength) * step / (STRENGTHS - 1)
-        factors = smooth_factors(input_max, weight_max, tried)
-        noise = (quantized_output(factors) - meant).square().sum(1)
-        error = float((noise[alive] / power[alive]).mean())
-        if best is None:
-            error_asked = error
-        if best is None or error < best.error:
-            best = Smoothing(factors, tried, error, error_asked)
-        if strength == 1:
-            break
-    assert best is not None
-    return best
+        return 0, 0.0, 0.0
+    errors = [
+        float(((output - meant).square().sum(1)[alive] / power[alive]).mean()) for output in outputs
+    ]
+    best = min(range(len(errors)), key=errors.__getitem__)
+    return best, errors[best], errors[0]

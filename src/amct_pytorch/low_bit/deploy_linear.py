@@ -154,7 +154,7 @@ class LowBitLinear(nn.Module):
 
     def __init__(self, quant_module: LinearQuantizeModule) -> None:
         solved = quant_module.deploy
-        assert solved is not None
+        assert isinstance(solved, LowBitLinear)
         self._fill(solved.spec, dict(solved.named_buffers()))
         self.notes = solved.notes
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from amct_pytorch.config.low_bit import LayerRequest
 from amct_pytorch.errors import CalibrationError, ModelError
 from amct_pytorch.low_bit.base_module import BaseQuantizeModule
+from amct_pytorch.low_bit.deploy_conv import LowBitConv2d
 from amct_pytorch.low_bit.deploy_linear import LowBitLinear
 from amct_pytorch.low_bit.solution import LinearSolution, is_finite
 from amct_pytorch.observers.statistics import Agreement, sample
@@ -36,6 +37,8 @@ class LinearQuantizeModule(BaseQuantizeModule):
                     symmetric=weights.symmetric))
 
     Attributes:
+        layer_class: of the layers it replaces; ``torch.nn.Conv2d`` for a convolution, whose
+            `deployed` must then be overridden.
         request: what the config asks for this layer.
         ori_module: the float layer; None after solving, so that its memory is free.
         deploy: the quantized layer; None before solving.
@@ -45,22 +48,25 @@ class LinearQuantizeModule(BaseQuantizeModule):
     """
 
     quantized_at_once = False
+    layer_class: ClassVar[type[nn.Module]] = nn.Linear
 
     def __init__(
         self, ori_module: nn.Module, layer_name: str, quant_config: Mapping[str, Any]
     ) -> None:
         super().__init__(ori_module, layer_name, quant_config)
-        if not isinstance(ori_module, nn.Linear):
+        if not isinstance(ori_module, self.layer_class):
             raise ModelError(
                 f"layer {layer_name!r} is a {type(ori_module).__module__}."
-                f"{type(ori_module).__name__}; the built-in algorithms need a torch.nn.Linear. "
-                "Add it to skip_layers, or register an algorithm for its class"
+                f"{type(ori_module).__name__}; the built-in algorithms need a torch.nn."
+                f"{self.layer_class.__name__}. Add it to skip_layers, or register an algorithm "
+                "for its class"
             )
         self.request = LayerRequest.from_dict(quant_config)
-        self.ori_module: nn.Linear | None = ori_module
-        self.deploy: LowBitLinear | None = None
-        self.in_features, self.out_features = ori_module.in_features, ori_module.out_features
-        self.ori_module_type = "Linear"
+        assert isinstance(ori_module, nn.Linear | nn.Conv2d)
+        self.ori_module: nn.Linear | nn.Conv2d | None = ori_module
+        self.deploy: LowBitLinear | LowBitConv2d | None = None
+        self.in_features, self.out_features = ori_module.weight.shape[1], len(ori_module.weight)
+        self.ori_module_type = self.layer_class.__name__
         self.wts_type = self.request.weights.type
         self.act_type = None if self.request.inputs is None else self.request.inputs.type
         self.group_size = self.request.weights.group_size
@@ -88,6 +94,14 @@ class LinearQuantizeModule(BaseQuantizeModule):
         """The quantized layer, once all batches have been observed."""
         raise NotImplementedError
 
+    def deployed(
+        self, solution: LinearSolution, bias: Tensor | None
+    ) -> LowBitLinear | LowBitConv2d:
+        """The layer of a solution, with the reference as its kernel."""
+        layer = LowBitLinear.of(solution, bias, self.weight.dtype)
+        layer.backend = "reference"
+        return layer
+
     def forward(self, x: Tensor) -> Tensor:
         """The float output while calibrating, then the simulated quantized output."""
         if self.ori_module is None:
@@ -114,7 +128,7 @@ class LinearQuantizeModule(BaseQuantizeModule):
                 self._finish(x.detach(), y.detach())
         return y
 
-    def _finish(self, x: Tensor, y: Tensor) -> LowBitLinear:
+    def _finish(self, x: Tensor, y: Tensor) -> LowBitLinear | LowBitConv2d:
         """Solves, and measures what that did to the output of the last batch."""
         assert self.ori_module is not None
         solution = self.solve()
@@ -123,8 +137,7 @@ class LinearQuantizeModule(BaseQuantizeModule):
             self.scale_d, self.offset_d = solution.inputs.scale, solution.inputs.offset
         self.scale, self.clip_max = solution.divisor, solution.clip_max
         bias = self.ori_module.bias if solution.bias is None else solution.bias
-        self.deploy = LowBitLinear.of(solution, bias, self.ori_module.weight.dtype)
-        self.deploy.backend = "reference"
+        self.deploy = self.deployed(solution, bias)
         agreement = Agreement.between(sample(y), sample(self.deploy(x)))
         self.outcome.notes.extend([*solution.notes, *self.deploy.notes])
         self.outcome.measured(agreement, self.deploy.stored_bytes())

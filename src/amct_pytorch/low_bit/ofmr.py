@@ -1,4 +1,4 @@
-"""OFMR for Linear."""
+"""OFMR for Linear and Conv2d."""
 
 from __future__ import annotations
 
@@ -6,81 +6,102 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
-from amct_pytorch.algorithms.clip_search import clip_search
-from amct_pytorch.algorithms.ofmr import choose_scale
-from amct_pytorch.algorithms.weight_grid import WeightGrid
-from amct_pytorch.errors import CalibrationError
-from amct_pytorch.formats import Granularity, QuantParams, fake_quantize, params_of
+from amct_pytorch.algorithms.ofmr import solve_ofmr
+from amct_pytorch.errors import CalibrationError, ModelError
+from amct_pytorch.formats import fake_quantize
+from amct_pytorch.low_bit.deploy_conv import LowBitConv2d
 from amct_pytorch.low_bit.linear import LinearQuantizeModule
 from amct_pytorch.low_bit.minmax import NoOptions, RunningRange, input_quantizer
 from amct_pytorch.low_bit.solution import InputQuantizer, LinearSolution, QuantizedTensor
-from amct_pytorch.observers.token_sample import TokenSample
+from amct_pytorch.observers.input_sample import InputSample
 
 
 class OfmrLinear(LinearQuantizeModule):
-    """Linear by OFMR: output errors are measured on a sample of tokens of all batches.
-
-    A static scale of the inputs first, with the weight to the nearest; then the weight's scales,
-    each output channel's by its own error where they are per channel.
-    """
+    """Linear by OFMR: output errors are measured on a sample of tokens of all batches."""
 
     Options = NoOptions
+    item_dims = 1
 
     def __init__(
         self, ori_module: nn.Module, layer_name: str, quant_config: Mapping[str, Any]
     ) -> None:
         super().__init__(ori_module, layer_name, quant_config)
         self._range = RunningRange()
-        self._tokens = TokenSample(self.batch_num)
+        self._sample = InputSample(self.batch_num, self.item_dims)
 
     def observe(self, x: Tensor) -> None:
-        """Widens the range and keeps some tokens."""
+        """Widens the range and keeps some inputs."""
         self._range.add(x)
-        self._tokens.add(x)
+        self._sample.add(x)
+
+    def operator(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The layer's output without bias, channels last."""
+        return linear(x, weight)
 
     def solve(self) -> LinearSolution:
         """Inputs and weights by the scales with the least output error."""
-        tokens = self._tokens.rows(self.in_features).to(self.weight.device)
-        if not len(tokens):
+        samples = self._sample.items()
+        if not samples:
             raise CalibrationError(
-                f"the input of layer {self.layer_name!r} was empty in every calibration batch"
+                f"the input of layer {self.layer_name!r} was empty (0 values) in every "
+                "calibration batch"
             )
-        weights = self.request.weights
-        weight = self.weight.float()
-        grid = WeightGrid(weights.format, weights.granularity, weights.symmetric)
-        by_extremes = params_of(weight, grid.fmt, grid.granularity)
-        nearest = _rounded(weight, by_extremes, grid)
-        quantizer = self._quantizer(tokens, weight, nearest)
-        seen = tokens if quantizer is None else quantizer.simulate(tokens)
-        searched = clip_search(weight, by_extremes, seen.T @ seen / len(seen), grid)
-        # The search does not see how the two errors add up, so the outputs have the last word.
-        meant = tokens @ weight.T
-        errors = [
-            float((seen @ values.T - meant).square().sum())
-            for values in (nearest, _rounded(weight, searched, grid))
-        ]
-        params = searched if errors[1] < errors[0] else by_extremes
+        weights, inputs = self.request.weights, self.request.inputs
+        quantizer = None if inputs is None else input_quantizer(inputs, self._range)
+
+        def quantized(x: Tensor, scale: Tensor) -> Tensor:
+            assert quantizer is not None
+            if quantizer.dynamic:
+                return quantizer.simulate(x)
+            return fake_quantize(x, scale, None, quantizer.fmt, quantizer.granularity)
+
+        found = solve_ofmr(
+            self.weight.float(),
+            samples,
+            self.operator,
+            weights.format,
+            weights.granularity,
+            quantize_input=None if quantizer is None else quantized,
+            input_scale=None if quantizer is None else quantizer.scale,
+        )
+        if quantizer is not None:
+            quantizer = InputQuantizer(quantizer.fmt, quantizer.granularity, found.input_scale)
+        errors = f"{found.error:.2g} for {found.error_extremes:.2g} by extremes"
         return LinearSolution(
-            QuantizedTensor.nearest(weight, grid.fmt, grid.granularity, scale=params.scale),
+            QuantizedTensor.nearest(
+                self.weight, weights.format, weights.granularity, scale=found.weight_scale
+            ),
             quantizer,
+            notes=(f"relative output error {errors}",),
         )
 
-    def _quantizer(self, tokens: Tensor, weight: Tensor, nearest: Tensor) -> InputQuantizer | None:
-        inputs = self.request.inputs
-        if inputs is None:
-            return None
-        by_range = input_quantizer(inputs, self._range)
-        if by_range.scale is None:
-            return by_range
 
-        def quantized_output(scale: Tensor) -> Tensor:
-            rounded = fake_quantize(tokens, scale, None, inputs.format, Granularity("tensor"))
-            return rounded @ nearest.T
+class OfmrConv2d(OfmrLinear):
+    """Conv2d by OFMR: output errors are measured on a sample of images of all batches."""
 
-        scale, _ = choose_scale(by_range.scale, tokens @ weight.T, quantized_output)
-        return InputQuantizer(inputs.format, inputs.granularity, scale)
+    layer_class = nn.Conv2d
+    item_dims = 3
 
+    def __init__(
+        self, ori_module: nn.Module, layer_name: str, quant_config: Mapping[str, Any]
+    ) -> None:
+        super().__init__(ori_module, layer_name, quant_config)
+        mode = getattr(ori_module, "padding_mode", "zeros")
+        if mode != "zeros":
+            raise ModelError(
+                f"layer {layer_name!r} has padding_mode {mode!r}; allowed is 'zeros'. Add it to "
+                "skip_layers"
+            )
 
-def _rounded(weight: Tensor, params: QuantParams, grid: WeightGrid) -> Tensor:
-    return fake_quantize(weight, params.scale, None, grid.fmt, grid.granularity)
+    def operator(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The layer's output without bias, channels last."""
+        assert isinstance(self.ori_module, nn.Conv2d)
+        y: Tensor = self.ori_module._conv_forward(x, weight, None)
+        return y.movedim(1, -1)
+
+    def deployed(self, solution: LinearSolution, bias: Tensor | None) -> LowBitConv2d:
+        """The convolution with its weight as codes."""
+        assert isinstance(self.ori_module, nn.Conv2d)
+        return LowBitConv2d.of(solution, self.ori_module, bias)
