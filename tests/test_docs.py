@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import amct_pytorch as amct
+from amct_pytorch.low_bit.built_in import BUILT_IN
 from amct_pytorch.low_bit.gptq import GptqOptions
 
 ROOT = Path(__file__).parents[1]
@@ -20,6 +21,7 @@ README = ROOT / "README.md"
 DECOMPOSITION_GUIDE = ROOT / "docs" / "decomposition.md"
 FORMATS_GUIDE = ROOT / "docs" / "formats.md"
 GPTQ_GUIDE = ROOT / "docs" / "gptq.md"
+LOW_BIT_GUIDE = ROOT / "docs" / "low_bit_algorithms.md"
 PTQ_GUIDE = ROOT / "docs" / "ptq.md"
 
 
@@ -114,3 +116,16 @@ def test_the_script_of_the_gptq_guide_runs_and_its_options_exist():
     table = text.split("## Options")[1].split("## What")[0]
     told = dict(re.findall(r"^\| `(\w+)` \| ([\w.]+) \|", table, re.MULTILINE))
     assert told == {name: str(value) for name, value in GptqOptions().model_dump().items()}
+
+
+def test_the_script_of_the_low_bit_guide_runs_and_its_table_names_every_algorithm():
+    text = LOW_BIT_GUIDE.read_text()
+    script = re.search(r"```python\n(.*?)```", text, re.DOTALL)
+    assert script is not None
+    torch.manual_seed(0)
+    names: dict[str, object] = {}
+    exec(compile(script.group(1), str(LOW_BIT_GUIDE), "exec"), names)
+    layers = names["model"].amct_ledger.layers
+    assert [layer.status for layer in layers] == ["deployed"] * 2
+    told = set(re.findall(r"^\| `(\w+)`", text, re.MULTILINE))
+    assert told == {name for name, *_ in BUILT_IN} - {"minmax", "gptq"}

@@ -266,3 +266,16 @@ def test_wrong_strength(strength):
         amct.quantize(
             network(), config({"smoothquant": {"smooth_strength": strength}}, INT8, INT8_TENSOR)
         )
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "cast" not in case])
+def test_block_by_block(case):
+    """Only Sequential members are blocks here, so each layer sees quantized ones before it."""
+    net = network(bias=case != "smoothquant float4")
+    float_net = copy.deepcopy(net)
+    amct.quantize(net, config(*CASES[case]))
+    data = batches()
+    amct.calibrate_blocks(net, data)
+    amct.convert(net)
+    with torch.no_grad():
+        assert relative_error(net(data[0]), float_net(data[0])) < 0.04
