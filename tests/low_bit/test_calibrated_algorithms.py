@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import amct_pytorch as amct
+from amct_pytorch.algorithms.padding import padding_mask
 from amct_pytorch.errors import CalibrationError, ConfigError
 from amct_pytorch.formats import FORMATS, Granularity, fake_quantize, params_of, scale_from_range
 from amct_pytorch.low_bit.deploy_linear import LowBitLinear
@@ -149,9 +150,8 @@ def test_awq_divisor_is_a_power_of_the_mean_magnitude():
     assert f"exponent {float(slope):.2f}" in net.amct_ledger.layers[0].notes[-1]
 
 
-def test_awq_leaves_padding_out():
-    from amct_pytorch.algorithms.padding import padding_mask
-
+@pytest.mark.parametrize("case", ["awq int4", "smoothquant static", "ofmr float8"])
+def test_padding_is_left_out(case):
     data = batches(1)[0]
     padded = data.clone()
     padded[:, 16:] = 100 * torch.randn(2, 8, 128, generator=torch.Generator().manual_seed(0))
@@ -160,11 +160,12 @@ def test_awq_leaves_padding_out():
     nets = []
     for x, m in ((padded, mask), (data[:, :16], None)):
         net = torch.nn.Sequential(network()[0])
-        amct.quantize(net, config("awq", INT4, batch_num=1))
+        amct.quantize(net, config(*CASES[case], batch_num=1))
         with torch.no_grad(), padding_mask(m):
             net(x)
         nets.append(amct.convert(net))
-    assert torch.equal(nets[0][0].packed, nets[1][0].packed)
+    for name, buffer in nets[0][0].named_buffers():
+        assert torch.equal(buffer, nets[1][0].get_buffer(name))
 
 
 def test_smoothquant_with_dynamic_scales_keeps_the_strength_asked_for():

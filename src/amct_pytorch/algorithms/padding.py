@@ -43,3 +43,10 @@ def mask_for(x: Tensor) -> Tensor | None:
     if tokens == torch.Size([counts.numel()]):
         return counts.flatten()
     return None
+
+
+def unpadded(x: Tensor) -> Tensor:
+    """The tokens of inputs [..., K] that count, [tokens, K]."""
+    mask = mask_for(x)
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if mask is None else rows[mask.reshape(-1)]

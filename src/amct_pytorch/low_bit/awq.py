@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from amct_pytorch.algorithms.awq import AwqSettings, solve_awq
 from amct_pytorch.algorithms.hessian import Hessian
-from amct_pytorch.algorithms.padding import mask_for
+from amct_pytorch.algorithms.padding import unpadded
 from amct_pytorch.algorithms.weight_grid import WeightGrid
 from amct_pytorch.config.models import Strict
 from amct_pytorch.errors import CalibrationError
@@ -42,10 +42,7 @@ class AwqLinear(LinearQuantizeModule):
 
     def observe(self, x: Tensor) -> None:
         """Counts one batch; tokens under a `padding_mask` do not count."""
-        mask = mask_for(x)
-        rows = x.reshape(-1, self.in_features)
-        if mask is not None:
-            rows = rows[mask.reshape(-1)]
+        rows = unpadded(x)
         if self._moments is None:
             self._moments = Hessian(self.in_features, x.device)
         self._moments.add(rows)

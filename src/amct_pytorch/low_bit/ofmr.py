@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from amct_pytorch.algorithms.ofmr import solve_ofmr
+from amct_pytorch.algorithms.padding import unpadded
 from amct_pytorch.errors import CalibrationError, ModelError
 from amct_pytorch.formats import fake_quantize
 from amct_pytorch.low_bit.deploy_conv import LowBitConv2d
@@ -32,9 +33,14 @@ class OfmrLinear(LinearQuantizeModule):
         self._sample = InputSample(self.batch_num, self.item_dims)
 
     def observe(self, x: Tensor) -> None:
-        """Widens the range and keeps some inputs."""
-        self._range.add(x)
-        self._sample.add(x)
+        """Widens the range and keeps some inputs; padding does not count."""
+        counted = self.counted(x)
+        self._range.add(counted)
+        self._sample.add(counted)
+
+    def counted(self, x: Tensor) -> Tensor:
+        """The inputs without tokens under a `padding_mask`."""
+        return unpadded(x)
 
     def operator(self, x: Tensor, weight: Tensor) -> Tensor:
         """The layer's output without bias, channels last."""
@@ -100,6 +106,10 @@ class OfmrConv2d(OfmrLinear):
         assert isinstance(self.ori_module, nn.Conv2d)
         y: Tensor = self.ori_module._conv_forward(x, weight, None)
         return y.movedim(1, -1)
+
+    def counted(self, x: Tensor) -> Tensor:
+        """All of them: images have no padding mask."""
+        return x
 
     def deployed(self, solution: LinearSolution, bias: Tensor | None) -> LowBitConv2d:
         """The convolution with its weight as codes."""

@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from amct_pytorch.algorithms.padding import unpadded
 from amct_pytorch.algorithms.smoothquant import (
     choose_strength,
     least_relative_error,
@@ -53,9 +54,10 @@ class SmoothQuantLinear(LinearQuantizeModule):
         self._tokens = InputSample(self.batch_num)
 
     def observe(self, x: Tensor) -> None:
-        """Widens the ranges and keeps some tokens."""
-        self._range.add(x)
-        self._tokens.add(x)
+        """Widens the ranges and keeps some tokens; those under a `padding_mask` do not count."""
+        tokens = unpadded(x)
+        self._range.add(tokens)
+        self._tokens.add(tokens)
 
     def solve(self) -> LinearSolution:
         """Factors, then weights and inputs to the nearest by their smoothed ranges."""
