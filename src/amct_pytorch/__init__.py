@@ -14,12 +14,17 @@ if TYPE_CHECKING:
     from amct_pytorch.export.deploy_session import DeploySession
     from amct_pytorch.export.qdq import deploy_to_qdq
     from amct_pytorch.flows.decomposition import auto_decomposition, decompose_network
+    from amct_pytorch.flows.kv_cache import create_quant_cali_config, create_quant_cali_model
     from amct_pytorch.flows.post_training import create_quant_config, quantize_model, save_model
+    from amct_pytorch.nn.module.quantization.quant_calibration_op import QuantCalibrationOp
 
 _HOMES = {
     "AmctError": "errors",
     "DeploySession": "export.deploy_session",
+    "QuantCalibrationOp": "nn.module.quantization.quant_calibration_op",
     "auto_decomposition": "flows.decomposition",
+    "create_quant_cali_config": "flows.kv_cache",
+    "create_quant_cali_model": "flows.kv_cache",
     "create_quant_config": "flows.post_training",
     "decompose_network": "flows.decomposition",
     "deploy_to_qdq": "export.qdq",
@@ -31,7 +36,10 @@ __version__ = "0.1.0"
 __all__ = [
     "AmctError",
     "DeploySession",
+    "QuantCalibrationOp",
     "auto_decomposition",
+    "create_quant_cali_config",
+    "create_quant_cali_model",
     "create_quant_config",
     "decompose_network",
     "deploy_to_qdq",
