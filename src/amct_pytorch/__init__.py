@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from amct_pytorch.export.qdq import deploy_to_qdq
     from amct_pytorch.flows.block_calibration import calibrate_blocks
     from amct_pytorch.flows.decomposition import auto_decomposition, decompose_network
+    from amct_pytorch.flows.kv_cache import create_quant_cali_config, create_quant_cali_model
     from amct_pytorch.flows.low_bit import algorithm_register, convert, quantize
     from amct_pytorch.flows.post_training import create_quant_config, quantize_model, save_model
     from amct_pytorch.low_bit.base_module import BaseQuantizeModule
+    from amct_pytorch.nn.module.quantization.quant_calibration_op import QuantCalibrationOp
 
 _PRESETS = (
     "FP8_OFMR_CFG",
@@ -37,10 +39,13 @@ _HOMES = {
     "AmctError": "errors",
     "BaseQuantizeModule": "low_bit.base_module",
     "DeploySession": "export.deploy_session",
+    "QuantCalibrationOp": "nn.module.quantization.quant_calibration_op",
     "algorithm_register": "flows.low_bit",
     "auto_decomposition": "flows.decomposition",
     "calibrate_blocks": "flows.block_calibration",
     "convert": "flows.low_bit",
+    "create_quant_cali_config": "flows.kv_cache",
+    "create_quant_cali_model": "flows.kv_cache",
     "create_quant_config": "flows.post_training",
     "decompose_network": "flows.decomposition",
     "deploy_to_qdq": "export.qdq",
@@ -66,10 +71,13 @@ __all__ = [
     "AmctError",
     "BaseQuantizeModule",
     "DeploySession",
+    "QuantCalibrationOp",
     "algorithm_register",
     "auto_decomposition",
     "calibrate_blocks",
     "convert",
+    "create_quant_cali_config",
+    "create_quant_cali_model",
     "create_quant_config",
     "decompose_network",
     "deploy_to_qdq",

@@ -72,7 +72,7 @@ def read_block(message: Any, place: str, problems: ProblemList) -> Block | None:
     activation = message.WhichOneof("acts_quant_algo") or "ifmr_quantize"
     weights = message.WhichOneof("wts_quant_algo") or "arq_quantize"
     raw: dict[str, Any] = {
-        "activation_quant_params": _activation(getattr(message, activation), activation),
+        "activation_quant_params": activation_of(getattr(message, activation), activation),
         "weight_quant_params": _weights(getattr(message, weights), weights),
     }
     if message.HasField("dmq_balancer"):
@@ -107,7 +107,13 @@ def read_block(message: Any, place: str, problems: ProblemList) -> Block | None:
     )
 
 
-def _activation(message: Message, name: str) -> dict[str, Any]:
+def activation_of(message: Message, name: str) -> dict[str, Any]:
+    """The JSON keys that an `acts_quant_algo` block stands for.
+
+    Args:
+        message: the block.
+        name: of its field.
+    """
     raw = _set_fields(message)
     raw["act_algo"] = {"ifmr_quantize": "ifmr", "hfmg_quantize": "hfmg"}[name]
     raw["num_bits"] = 8

@@ -47,7 +47,7 @@ def _as_pair(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _tag(key: str, default: str) -> Discriminator:
+def tag(key: str, default: str) -> Discriminator:
     """Chooses the variant of a block by its `key`; without one, `default`."""
 
     def choose(value: Any) -> Any:
@@ -94,12 +94,15 @@ class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class IfmrParams(Strict):
-    """Activations by IFMR; `asymmetric` None: the config's `activation_offset` decides."""
-
+class _IfmrHead(Strict):
     act_algo: Literal["ifmr"] = Field(default="ifmr", description=ACT_ALGOS)
     num_bits: ActivationBits
     asymmetric: MaybeYesNo = None
+
+
+class IfmrSearch(Strict):
+    """What IFMR tries."""
+
     max_percentile: Percentile = 0.999999
     min_percentile: Percentile = 0.999999
     search_range: SearchRange = (0.7, 1.3)
@@ -119,6 +122,11 @@ class IfmrParams(Strict):
             if step > (end - start) + 1e-9 * end:
                 raise ValueError(f"a number in (0, {end - start:.6g}], end - start of search_range")
         return step
+
+
+# Fields of the last base come first.
+class IfmrParams(IfmrSearch, _IfmrHead):
+    """Activations by IFMR; `asymmetric` None: the config's `activation_offset` decides."""
 
 
 class HfmgParams(Strict):
@@ -152,11 +160,11 @@ class AdaParams(Strict):
 
 ActivationParams = Annotated[
     Annotated[IfmrParams, Tag("ifmr")] | Annotated[HfmgParams, Tag("hfmg")],
-    _tag("act_algo", "ifmr"),
+    tag("act_algo", "ifmr"),
 ]
 WeightParams = Annotated[
     Annotated[ArqParams, Tag("arq_quantize")] | Annotated[AdaParams, Tag("ada_quantize")],
-    _tag("wts_algo", "arq_quantize"),
+    tag("wts_algo", "arq_quantize"),
 ]
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from amct_pytorch.formats import IntFormat
-from amct_pytorch.observers.histogram import HALF_BINS, Histogram
+from amct_pytorch.observers.histogram import Counted
 
 # Share of the values that a step gives up on one side.
 STEPS = 100_000
@@ -71,12 +71,12 @@ class Density:
         return self.square_moment - 2 * x * self.mean_moment + x * x * self.total
 
 
-def rebinned(histogram: Histogram, number: int) -> Density:
+def rebinned(histogram: Counted, number: int) -> Density:
     """What was observed, in `number` bins over its range, which must not be empty."""
     fine = histogram.counts.double()
     below = torch.cat([fine.new_zeros(1), fine.cumsum(0)])
     edges = torch.linspace(histogram.low, histogram.high, number + 1, dtype=torch.float64)
-    place = edges / histogram.width + HALF_BINS
+    place = edges / histogram.width + fine.numel() // 2
     whole = place.floor().clamp(0, fine.numel() - 1).long()
     at_edges = below[whole] + fine[whole] * (place - whole)
     # Both ends are known exactly: all values are between them.
@@ -164,7 +164,7 @@ def density_errors(
 
 
 def search_window(
-    histogram: Histogram, num_of_bins: int, number_format: IntFormat, *, symmetric: bool
+    histogram: Counted, num_of_bins: int, number_format: IntFormat, *, symmetric: bool
 ) -> tuple[float, int]:
     """The scale and offset of the best window.
 

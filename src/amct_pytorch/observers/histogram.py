@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +25,28 @@ HALF_BINS = 2**14
 CHUNK = 2**18
 # Values below 2^this share the bins of that range; its 1/w is still a finite float32.
 SMALLEST_EXPONENT = -100
+
+
+class Counted(Protocol):
+    """What was seen of one tensor, or of one channel, counted in bins.
+
+    Attributes:
+        low: smallest value seen.
+        high: largest value seen.
+        total: number of values seen.
+    """
+
+    low: float
+    high: float
+    total: int
+
+    @property
+    def width(self) -> float:
+        """Width of a bin."""
+
+    @property
+    def counts(self) -> Tensor:
+        """Values in each bin, int64; zero is the edge in the middle."""
 
 
 @dataclass

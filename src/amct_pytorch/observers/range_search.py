@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -46,8 +47,35 @@ class SearchSettings:
         return self.search_range[0] + step * index
 
 
-# Squared error, lower end, upper end, scale, offset, and the number of the multiple.
-_Found = tuple[float, float, float, float, int, int]
+# (scale [channels, n], offset [channels, n]) -> summed squared error of each, float64.
+Errors = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The best range of every channel so far, each [channels].
+
+    Attributes:
+        error: squared error, float64.
+        low: lower end, float64.
+        high: upper end, float64.
+        scale: float32.
+        offset: int32.
+        index: number of the multiple, float64.
+    """
+
+    error: Tensor
+    low: Tensor
+    high: Tensor
+    scale: Tensor
+    offset: Tensor
+    index: Tensor
+
+    def or_better(self, other: _Found) -> _Found:
+        """For every channel the one with less error; of equals, this one."""
+        better = other.error < self.error
+        mine, theirs = vars(self), vars(other)
+        return _Found(**{name: torch.where(better, theirs[name], mine[name]) for name in mine})
 
 
 def starting_points(histogram: Histogram, settings: SearchSettings) -> tuple[float, float]:
@@ -95,9 +123,7 @@ def search_range(
 ) -> tuple[float, int]:
     """The scale and offset with the least mean squared error over the observed values.
 
-    Symmetric ranges move both ends together. Asymmetric ranges move the upper end with the
-    lower one fixed, as IFMR is defined, then the lower end, then the upper end once more;
-    the best range met on the way wins, so it is never worse than the definition's.
+    See `search_ranges`, of which this is the case of one channel.
 
     Args:
         histogram: what was observed.
@@ -111,37 +137,73 @@ def search_range(
     low, high = starting_points(histogram, settings)
     sums = histogram.prefix_sums()
 
-    def score(index: Tensor, low: float, high: float, moves: tuple[bool, bool]) -> _Found:
+    def errors(scale: Tensor, offset: Tensor) -> Tensor:
+        return squared_errors(sums, number_format, scale[0], offset[0])[None]
+
+    ends = torch.tensor([[low], [high]], dtype=torch.float64)
+    scale, offset = search_ranges(
+        ends[0], ends[1], errors, settings, number_format, symmetric=symmetric
+    )
+    return float(scale), int(offset)
+
+
+def search_ranges(
+    low: Tensor,
+    high: Tensor,
+    errors: Errors,
+    settings: SearchSettings,
+    number_format: IntFormat,
+    *,
+    symmetric: bool,
+) -> tuple[Tensor, Tensor]:
+    """For every channel, the scale and offset with the least squared error.
+
+    Symmetric ranges move both ends together. Asymmetric ranges move the upper end with the
+    lower one fixed, as IFMR is defined, then the lower end, then the upper end once more;
+    the best range met on the way wins, so it is never worse than the definition's.
+
+    Args:
+        low: where the lower ends start, <= 0, float64 [channels].
+        high: where the upper ends start, >= 0, float64 [channels].
+        errors: the summed squared error of candidates.
+        settings: multiples to try.
+        number_format: the integers to quantize to.
+        symmetric: whether the offsets are fixed at 0.
+
+    Returns:
+        Scales, float32 [channels], and offsets, int32 [channels].
+    """
+
+    def score(index: Tensor, low: Tensor, high: Tensor, moves: tuple[bool, bool]) -> _Found:
         multiples = settings.multiple(index)
         fixed = torch.ones_like(multiples)
-        lows = low * (multiples if moves[0] else fixed)
-        highs = high * (multiples if moves[1] else fixed)
+        lows = low[:, None] * (multiples if moves[0] else fixed)
+        highs = high[:, None] * (multiples if moves[1] else fixed)
         scale, offset = number_format.factors(lows.float(), highs.float(), symmetric=symmetric)
-        errors = squared_errors(sums, number_format, scale, offset)
-        i = int(errors.argmin())
-        found = (errors[i], lows[i], highs[i], scale[i], offset[i], index[i])
-        error, *ends, best_scale, best_offset, at = (value.item() for value in found)
-        return error, ends[0], ends[1], best_scale, int(best_offset), int(at)
+        found = errors(scale, offset)
+        i = found.argmin(1, keepdim=True)
+        index = index.expand_as(found)
+        return _Found(*(x.gather(1, i)[:, 0] for x in (found, lows, highs, scale, offset, index)))
 
-    def best(low: float, high: float, moves: tuple[bool, bool]) -> _Found:
+    def best(low: Tensor, high: Tensor, moves: tuple[bool, bool]) -> _Found:
         last = settings.count() - 1
         stride = -(-(last + 1) // AT_ONCE)
-        index = torch.arange(0, last + 1, stride, dtype=torch.float64)
-        found = [score(index, low, high, moves)]
+        index = torch.arange(0, last + 1, stride, dtype=torch.float64, device=low.device)
+        found = score(index[None], low, high, moves)
         while stride > 1:
-            at, reach = min(found)[-1], stride
+            reach = stride
             stride = -(-2 * reach // AT_ONCE)
-            first = max(at - reach, 0)
-            index = torch.arange(first, min(at + reach, last) + 1, stride, dtype=torch.float64)
-            found.append(score(index, low, high, moves))
-        return min(found)
+            around = torch.arange(-reach, reach + 1, stride, device=low.device)
+            index = (found.index[:, None] + around).clamp(0, last)
+            found = found.or_better(score(index, low, high, moves))
+        return found
 
     if symmetric:
-        *_, scale, offset, _ = best(low, high, (True, True))
-        return scale, offset
-    found = [best(low, high, (False, True))]
-    if low < 0:
-        found.append(best(low, found[-1][2], (True, False)))
-        found.append(best(found[-1][1], high, (False, True)))
-    *_, scale, offset, _ = min(found)
-    return scale, offset
+        found = best(low, high, (True, True))
+        return found.scale, found.offset
+    found = best(low, high, (False, True))
+    if bool((low < 0).any()):
+        lower = best(low, found.high, (True, False))
+        upper = best(lower.low, high, (False, True))
+        found = found.or_better(lower).or_better(upper)
+    return found.scale, found.offset

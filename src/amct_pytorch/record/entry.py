@@ -70,10 +70,10 @@ def check_factors(factors: LayerFactors, tell: Tell) -> None:
         factors: what was read, or is to be written.
         tell: called for each thing that is wrong.
     """
-    _check_positive("scale_w", factors.scale_w, tell)
+    check_positive("scale_w", factors.scale_w, tell)
     if factors.scale_d is not None:
-        _check_positive("scale_d", [factors.scale_d], tell)
-    _check_positive("tensor_balance_factor", factors.balance, tell)
+        check_positive("scale_d", [factors.scale_d], tell)
+    check_positive("tensor_balance_factor", factors.balance, tell)
     for name, bits, types in (
         ("weight_bits", factors.weight_bits, WEIGHT_TYPES),
         ("activation_bits", factors.activation_bits, ACTIVATION_TYPES),
@@ -89,8 +89,8 @@ def check_factors(factors: LayerFactors, tell: Tell) -> None:
         tell(f"fakequant_precision_mode is {mode}; allowed: {' or '.join(MODES)}")
 
 
-def _check_positive(name: str, values: Iterable[float], tell: Tell) -> None:
-    """Finite and > 0 as float32, which is what the file holds; tells the first that is not."""
+def check_positive(name: str, values: Iterable[float], tell: Tell) -> None:
+    """Tells the first that is not finite and > 0 as float32, which is what the file holds."""
     values = tuple(values)
     with np.errstate(over="ignore", under="ignore"):
         stored = np.asarray(values, dtype=np.float32)
