@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 
 from amct_pytorch.errors import ExportError
 from amct_pytorch.export.layer_nodes import LayerFinder
@@ -35,7 +35,7 @@ def complete(
         if bias_name is None or bias_name not in initializers:
             raise ExportError(f"layer {name!r} has no bias tensor in the modified ONNX model")
         held = initializers[bias_name]
-        dtype = numpy_helper.to_array(held).dtype
+        dtype = helper.tensor_dtype_to_np_dtype(held.data_type)
         held.CopyFrom(numpy_helper.from_array(bias.astype(dtype), bias_name))
     kept = [entry for entry in model.metadata_props if entry.key not in metadata]
     del model.metadata_props[:]

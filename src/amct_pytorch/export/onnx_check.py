@@ -13,6 +13,7 @@ import onnx
 from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, defs, helper, numpy_helper
 
 from amct_pytorch.errors import ExportError, ProblemList, shown
+from amct_pytorch.export.stored import with_data
 
 DEFAULT_DOMAINS = ("", "ai.onnx")
 _FLOAT, _INT, _STRING = AttributeProto.FLOAT, AttributeProto.INT, AttributeProto.STRING
@@ -31,7 +32,7 @@ def check_graph(model: onnx.ModelProto, source: str) -> None:
     attributes), and that every tensor that is read is made exactly once.
 
     Args:
-        model: with its tensors' data loaded.
+        model: with its tensors' data, loaded or stored (see `export.stored`).
         source: what it was read from, for messages.
 
     Raises:
@@ -92,7 +93,7 @@ def _check_tensor(tensor: TensorProto, problems: ProblemList) -> None:
     if not tensor.name:
         problems.add("a tensor has no name")
     try:
-        numpy_helper.to_array(tensor)
+        numpy_helper.to_array(with_data(tensor))
     except Exception as error:  # onnx raises whatever its arithmetic stumbles on
         problems.add(
             f"{what} cannot be read (type {tensor.data_type}, shape {list(tensor.dims)[:8]}): "

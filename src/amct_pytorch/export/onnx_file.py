@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from pathlib import Path
@@ -12,6 +13,17 @@ from onnx import TensorProto, checker, external_data_helper, numpy_helper
 
 from amct_pytorch.errors import ExportError, FileAccessError, FileMissingError
 from amct_pytorch.export.onnx_check import check_graph
+from amct_pytorch.export.stored import (
+    NotPlainError,
+    StoredModel,
+    mark,
+    put_stubs,
+    read_stored,
+    stored_bytes,
+    wire_parts,
+    wire_size,
+    with_data,
+)
 from amct_pytorch.files import PathLike, WholeFiles, as_path, check_writable
 
 # Protobuf cannot hold 2 GiB in one message. This counts tensors; names and nodes come on top.
@@ -20,12 +32,14 @@ LARGEST_FILE = (1 << 31) - (1 << 24)
 SMALLEST_EXTERNAL = 1024
 
 
-def load_onnx(path: PathLike, what: str = "path") -> onnx.ModelProto:
+def load_onnx(path: PathLike, what: str = "path", *, tensors_stay: bool = False) -> onnx.ModelProto:
     """The model in a file, its external data included.
 
     Args:
         path: an ONNX file.
         what: the argument's name, for messages.
+        tensors_stay: whether large initializers stay in the file, as stubs that `OnnxGraph` and
+            `save_onnx` know (see `export.stored`). The file must not change meanwhile.
 
     Raises:
         ArgumentTypeError, ArgumentValueError: `path` is no path of a file.
@@ -39,11 +53,12 @@ def load_onnx(path: PathLike, what: str = "path") -> onnx.ModelProto:
     if not os.path.isfile(file):  # noqa: PTH113 (the same)
         raise FileAccessError(f"{what}: {str(file)!r} is a folder; an ONNX file is needed")
     try:
-        model = onnx.load(str(file), load_external_data=False)
+        stored = _stored(file, tensors_stay=tensors_stay)
     except OSError as error:
         raise FileAccessError(f"{what}: ONNX file {str(file)!r} cannot be read: {error}") from error
     except Exception as error:
         raise ExportError(f"{what}: {str(file)!r} is not a readable ONNX model: {error}") from error
+    model = stored.model
     if not model.HasField("graph") or not model.opset_import:
         raise ExportError(
             f"{what}: {str(file)!r} is not an ONNX model: it has no graph or no opset"
@@ -54,8 +69,18 @@ def load_onnx(path: PathLike, what: str = "path") -> onnx.ModelProto:
         raise FileMissingError(
             f"{what}: ONNX file {str(file)!r}: its external data cannot be read: {error}"
         ) from error
+    for tensor in model.graph.initializer:
+        del tensor.external_data[:]  # read by now, or of no meaning: nothing else is a stub
+    put_stubs(stored, file)
     check_graph(model, f"{what}: {str(file)!r}")
     return model
+
+
+def _stored(file: Path, *, tensors_stay: bool) -> StoredModel:
+    if tensors_stay:
+        with contextlib.suppress(NotPlainError):
+            return read_stored(file)
+    return StoredModel(onnx.load(str(file), load_external_data=False), {}, "")
 
 
 def save_onnx(
@@ -108,7 +133,7 @@ def save_onnx(
             )
     file = check_writable(path, what)
     parts: dict[str, TensorProto] = {}
-    size = sum(_stored_bytes(tensor) for tensor in model.graph.initializer)
+    size = sum(stored_bytes(tensor) for tensor in model.graph.initializer)
     if size >= (LARGEST_FILE if largest_file is None else largest_file):
         model, parts = _split(model, external_suffix, file)
     for name in parts:
@@ -139,27 +164,17 @@ def _write(model: onnx.ModelProto, target: Path) -> None:
     head, graph = onnx.ModelProto(), onnx.GraphProto()
     _copy_fields(model, head, but="graph")
     _copy_fields(model.graph, graph, but="initializer")
-    sizes = [tensor.ByteSize() for tensor in model.graph.initializer]
-    marks = [_mark(onnx.GraphProto.INITIALIZER_FIELD_NUMBER, size) for size in sizes]
+    tensors = model.graph.initializer
+    sizes = [wire_size(tensor) for tensor in tensors]
+    marks = [mark(onnx.GraphProto.INITIALIZER_FIELD_NUMBER, size) for size in sizes]
     length = graph.ByteSize() + sum(sizes) + sum(map(len, marks))
     with target.open("wb") as file:
         file.write(head.SerializeToString())
-        file.write(_mark(onnx.ModelProto.GRAPH_FIELD_NUMBER, length))
+        file.write(mark(onnx.ModelProto.GRAPH_FIELD_NUMBER, length))
         file.write(graph.SerializeToString())
-        for mark, tensor in zip(marks, model.graph.initializer, strict=True):
-            file.write(mark)
-            file.write(tensor.SerializeToString())
-
-
-def _mark(field: int, length: int) -> bytes:
-    """Tag of a length-delimited field, and its length, both as varints."""
-    mark = bytearray()
-    for value in (field << 3 | 2, length):
-        while value > 0x7F:
-            mark.append(value & 0x7F | 0x80)
-            value >>= 7
-        mark.append(value)
-    return bytes(mark)
+        for start, tensor in zip(marks, tensors, strict=True):
+            file.write(start)
+            file.writelines(wire_parts(tensor))
 
 
 def _split(
@@ -174,7 +189,7 @@ def _split(
     prefix = "" if suffix is not None else f"{file.stem}_"
     ending = ".external" if suffix is None else suffix
     for tensor in model.graph.initializer:
-        size = _stored_bytes(tensor)
+        size = stored_bytes(tensor)
         if tensor.data_type == TensorProto.STRING or size < SMALLEST_EXTERNAL:
             outside.graph.initializer.append(tensor)
             continue
@@ -190,8 +205,8 @@ def _split(
             dims=tensor.dims,
             data_location=TensorProto.EXTERNAL,
         )
-        size = len(_raw_data(tensor))
-        for key, value in (("location", name), ("offset", "0"), ("length", str(size))):
+        length = str(len(_raw_data(tensor)))
+        for key, value in (("location", name), ("offset", "0"), ("length", length)):
             stub.external_data.add(key=key, value=value)
     return outside, parts
 
@@ -199,7 +214,7 @@ def _split(
 def _data_files(file: Path) -> set[str]:
     """Names of the external data files that the model in a file has; none if it has no model."""
     try:
-        model = onnx.load(str(file), load_external_data=False)
+        model = _stored(file, tensors_stay=True).model
     except Exception:  # no such file, or no model: whatever it is, it has no data files
         return set()
     return {
@@ -224,11 +239,8 @@ def _copy_fields(source: Any, target: Any, but: str) -> None:
             getattr(target, field.name).extend(value)
 
 
-def _stored_bytes(tensor: TensorProto) -> int:
-    return len(tensor.raw_data) if tensor.HasField("raw_data") else tensor.ByteSize()
-
-
 def _raw_data(tensor: TensorProto) -> bytes:
+    tensor = with_data(tensor)
     if not tensor.HasField("raw_data"):
         tensor = numpy_helper.from_array(numpy_helper.to_array(tensor))
     return bytes(tensor.raw_data)

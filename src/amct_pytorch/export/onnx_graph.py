@@ -11,6 +11,7 @@ import onnx
 from onnx import AttributeProto, NodeProto, TensorProto, helper, numpy_helper
 
 from amct_pytorch.errors import ExportError
+from amct_pytorch.export.stored import with_data
 
 DEFAULT_DOMAINS = ("", "ai.onnx")
 
@@ -166,7 +167,7 @@ class OnnxGraph:
     def array(self, name: str) -> np.ndarray | None:
         """Value of an initializer, or None where `name` is none."""
         tensor = self.initializers.get(name)
-        return None if tensor is None else numpy_helper.to_array(tensor)
+        return None if tensor is None else numpy_helper.to_array(with_data(tensor))
 
     def set_array(self, name: str, value: np.ndarray) -> str:
         """Make `name` an initializer that holds `value`; returns the name."""

@@ -11,6 +11,7 @@ from onnx import inliner, version_converter
 from amct_pytorch.errors import ExportError
 from amct_pytorch.export.layer_nodes import layer_of, tag_layer
 from amct_pytorch.export.onnx_graph import DEFAULT_DOMAINS
+from amct_pytorch.export.stored import with_all_data
 
 OPSET = 18
 IR_VERSION = 8
@@ -33,7 +34,7 @@ def plain_model(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
         ExportError: a node's operator is of no standard domain.
     """
     if model.functions:
-        model = inliner.inline_local_functions(model)
+        model = inliner.inline_local_functions(with_all_data(model))
     custom = [n for n in model.graph.node if n.domain not in DEFAULT_DOMAINS]
     if custom:
         raise ExportError(
@@ -44,7 +45,7 @@ def plain_model(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
     if version == OPSET:
         return model, version
     try:
-        converted = version_converter.convert_version(model, OPSET)
+        converted = version_converter.convert_version(with_all_data(model), OPSET)
         _copy_layer_names(model, converted)
         return converted, OPSET
     except Exception as error:

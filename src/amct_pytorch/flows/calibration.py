@@ -18,6 +18,7 @@ from amct_pytorch.errors import AmctError, CalibrationError
 from amct_pytorch.graph.tensors import ModelInputs, in_float64, random_state_kept, tensors_in
 from amct_pytorch.graph.trace import where_it_failed
 from amct_pytorch.logs import logger
+from amct_pytorch.memory import release_memory
 from amct_pytorch.nn.calibrate import Check, LayerErrors, Observe, corrected_bias
 from amct_pytorch.nn.simulate import IntegerOperands, Simulate, integer_bias
 from amct_pytorch.nn.wrapped import compressed_layers
@@ -198,6 +199,9 @@ class Calibration:
             name: IntegerOperands.of(self._layers[name], known) for name, known in factors.items()
         }
         changes = self._correct(operands)
+        for known in statistics.values():
+            known.mean_input = None  # as large as the network's activations on one item
+        release_memory()
         corrected = time.perf_counter()
         errors, output = self._check(operands, changes, float_outputs)
         for layer in self._layers.values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,6 +30,7 @@ from amct_pytorch.graph.look import ModelGraph, look_at
 from amct_pytorch.graph.readers import layers_read_in_float
 from amct_pytorch.graph.tensors import ModelInputs
 from amct_pytorch.logs import logger, start_logging
+from amct_pytorch.memory import release_memory
 from amct_pytorch.nn.instrument import instrument
 from amct_pytorch.nn.wrapped import compressed_layers
 from amct_pytorch.record.fingerprint import fingerprint
@@ -169,6 +171,7 @@ def quantize_model(
         raise ConfigError(f"{config_file}: no layer is enabled; {_nothing_to_quantize(graph)}")
     fused = _fused_norms(graph, config)
     instrumented = instrument(model, graph, inputs, names, fused)
+    release_memory()
     looked = time.perf_counter()
     float_model = export_float(
         instrumented,
@@ -177,6 +180,8 @@ def quantize_model(
         output_names=output_names,
         dynamic_axes=dynamic_axes,
     )
+    gc.collect()  # The exporter's graphs are cycles.
+    release_memory()
     seconds = {"look and fuse": looked - started, "export": time.perf_counter() - looked}
 
     def finished(result: CalibrationResult) -> None:
@@ -193,6 +198,7 @@ def quantize_model(
         with WholeFiles() as files:
             _complete_onnx(onnx_path, biases, metadata, files)
             write_record(record_path, record, announce=False, files=files)
+        release_memory()
         logger.info("calibration files written in %.2f s", time.perf_counter() - started)
         _warn_if_poor(ledger)
 
@@ -202,6 +208,8 @@ def quantize_model(
     with WholeFiles() as files:
         save_onnx(float_model, onnx_path, what="modfied_onnx_file", files=files)
         write_record(record_path, RecordFile(factors=calibration.initial_factors()), files=files)
+    del float_model
+    release_memory()
     return instrumented
 
 
@@ -233,31 +241,31 @@ def save_model(modfied_onnx_file: PathLike, record_file: PathLike, save_path: Pa
     for path in targets.values():
         check_writable(path, "save_path")
         check_distinct(modfied_onnx_file=modfied_onnx_file, record_file=record_file, save_path=path)
-    float_model = load_onnx(modfied_onnx_file, "modfied_onnx_file")
+    float_model = load_onnx(modfied_onnx_file, "modfied_onnx_file", tensors_stay=True)
     record = read_record(record_file)
     factors = record.factors
-    deploy = build_deploy(float_model, factors)
-    fake_quant = build_fake_quant(float_model, factors)
-    ledger = _stored_ledger(float_model, record)
     inexact = inexact_in_float32(float_model, factors)
+    ledger = _stored_ledger(float_model, record)
     for entry in ledger.layers:
         if entry.name in inexact:
             entry.notes.append(
                 "its sums can exceed 2^24, where the fake-quant model's float32 is not exact"
             )
+    release_memory()
     start_logging(to_file=True)
     with WholeFiles() as files:
+        # One model after the other: each is gone from memory before the next is built.
         ledger.bytes = {
             "float": size_on_disk(modfied_onnx_file),
             "fake-quant": save_onnx(
-                fake_quant,
+                build_fake_quant(float_model, factors),
                 targets["fake_quant"],
                 what="save_path",
                 external_suffix="_fakequant.external",
                 files=files,
             ),
             "deploy": save_onnx(
-                deploy,
+                build_deploy(float_model, factors),
                 targets["deploy"],
                 what="save_path",
                 external_suffix="_deploy.external",
@@ -305,7 +313,7 @@ def _complete_onnx(
     from amct_pytorch.export.calibrated import complete
     from amct_pytorch.export.onnx_file import load_onnx, save_onnx
 
-    model = load_onnx(path, "modfied_onnx_file")
+    model = load_onnx(path, "modfied_onnx_file", tensors_stay=True)
     arrays = {name: bias.detach().float().cpu().numpy() for name, bias in biases.items()}
     complete(model, arrays, metadata)
     save_onnx(model, path, what="modfied_onnx_file", announce=False, files=files)
