@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from amct_pytorch.errors import FileAccessError, ProblemList, RecordError
-from amct_pytorch.files import PathLike, as_path
+from amct_pytorch.files import PathLike, as_path, read_text, write_whole
 from amct_pytorch.formats import INT8
 from amct_pytorch.logs import logger
 from amct_pytorch.record.entry import check_positive
-from amct_pytorch.record.record_file import RecordFile, read_record, write_record
+from amct_pytorch.record.record_file import RecordFile, parse_record, read_record, record_text
 
 try:
     import fcntl
@@ -78,6 +78,20 @@ def _check(name: str, factors: KvFactors, problems: ProblemList) -> None:
             break
 
 
+# The file that was written last, its text and what that says: an operator adds to one record once
+# for every tensor, and parsing is by far the slowest part of that.
+_last_written: tuple[Path, str, RecordFile] | None = None
+
+
+def _read(target: Path) -> RecordFile:
+    if not target.exists():
+        return RecordFile(source=str(target))
+    text, last = read_text(target, "record_file", error=RecordError), _last_written
+    if last is not None and last[:2] == (target, text):
+        return last[2]
+    return parse_record(text, str(target))
+
+
 def add_kv_factors(path: PathLike, factors: Mapping[str, KvFactors]) -> None:
     """Adds factors to a record file, which need not exist; all else in it stays.
 
@@ -93,14 +107,19 @@ def add_kv_factors(path: PathLike, factors: Mapping[str, KvFactors]) -> None:
         FileAccessError: the file cannot be read or written.
         RecordError: what is there is no sound record; it is left as it is.
     """
+    global _last_written
     target = as_path(path, "record_file")
+    problems = ProblemList("KV-cache factors", RecordError)
+    for name, found in factors.items():
+        _check(name, found, problems)
+    problems.raise_if_any()
     with _locked(target):
-        record = read_record(target) if target.exists() else RecordFile()
+        record = _read(target)
         known = _factors(record)
+        # Whatever goes wrong from here leaves the message changed and the file not.
+        _last_written = None
         entries = {entry.key: entry for entry in record.message.record}
-        problems = ProblemList("KV-cache factors", RecordError)
         for name, found in factors.items():
-            _check(name, found, problems)
             entry: Any = entries.get(name)
             if entry is None:
                 entry = record.message.record.add()
@@ -108,8 +127,9 @@ def add_kv_factors(path: PathLike, factors: Mapping[str, KvFactors]) -> None:
             entry.kv_cache_value.Clear()
             entry.kv_cache_value.scale.extend(found.scale)
             entry.kv_cache_value.offset.extend(found.offset)
-        problems.raise_if_any()
-        write_record(target, record, announce=False)
+        text = record_text(record, str(target))
+        write_whole(target, text.encode(), what="record_file", announce=False)
+        _last_written = (target, text, record)
     overwritten = [name for name in factors if name in known]
     if overwritten:
         logger.warning("%s: overwrote the KV-cache factors of %s", path, ", ".join(overwritten))

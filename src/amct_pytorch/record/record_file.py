@@ -65,9 +65,20 @@ def read_record(path: PathLike) -> RecordFile:
             out of range, as many offset_w as scale_w not given, unknown types, entries
             without a key or with the same key.
     """
-    source = str(path)
+    return parse_record(read_text(path, "record_file", error=RecordError), str(path))
+
+
+def parse_record(text: str, source: str) -> RecordFile:
+    """What a record file's text says.
+
+    Args:
+        text: of the file.
+        source: the file it is from, for messages.
+
+    Raises:
+        RecordError: see `read_record`.
+    """
     message = ScaleOffsetRecord()
-    text = read_text(path, "record_file", error=RecordError)
     parse_text(text, message, source, RecordError, last_wins=True)
     problems = ProblemList(source, RecordError)
     factors: dict[str, LayerFactors] = {}
@@ -105,12 +116,25 @@ def write_record(
         RecordError: factors that the file cannot hold, checked as in `read_record`.
         FileAccessError: the file cannot be written.
     """
-    text = print_text(_message(record, str(path))).encode()
+    text = record_text(record, str(path)).encode()
     if files is not None:
         files.write(path, text, what="record_file", announce=announce)
         return
     with WholeFiles() as alone:
         alone.write(path, text, what="record_file", announce=announce)
+
+
+def record_text(record: RecordFile, target: str) -> str:
+    """The text that a file of this record holds.
+
+    Args:
+        record: what to print.
+        target: the file it is for, for messages.
+
+    Raises:
+        RecordError: see `write_record`.
+    """
+    return print_text(_message(record, target))
 
 
 def _telling(problems: ProblemList, layer_name: str) -> Any:
