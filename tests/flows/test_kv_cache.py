@@ -19,6 +19,7 @@ from amct_pytorch.errors import (
     ArgumentValueError,
     CalibrationError,
     ConfigError,
+    FileAccessError,
     RecordError,
 )
 from amct_pytorch.formats import INT8
@@ -432,3 +433,24 @@ def test_processes_share_a_record_and_a_killed_one_harms_nothing(tmp_path):
     add_kv_factors(tmp_path / "record.txt", {"after": KvFactors((1.0,), (0,))})
     left = [p.name for p in tmp_path.iterdir() if p.name.startswith(".amct")]
     assert left == []
+
+
+def test_changes_between_two_additions_are_kept(tmp_path, monkeypatch):
+    record, factors = tmp_path / "record.txt", KvFactors((1.0, 0.5), (0, 3))
+    add_kv_factors(record, {"a": factors})
+    add_kv_factors(record, {"b": factors})
+    record.write_text(record.read_text().replace("scale: 0.5", "scale: 0.25"))
+    add_kv_factors(record, {"c": factors})
+    changed = KvFactors((1.0, 0.25), (0, 3))
+    assert read_kv_factors(record) == {"a": changed, "b": changed, "c": factors}
+
+    # What could not be written is not taken to be there by the next addition either.
+    def full(*_, **__):
+        raise FileAccessError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("amct_pytorch.record.kv_cache.write_whole", full)
+        with pytest.raises(FileAccessError):
+            add_kv_factors(record, {"lost": factors})
+    add_kv_factors(record, {"d": factors})
+    assert list(read_kv_factors(record)) == ["a", "b", "c", "d"]
