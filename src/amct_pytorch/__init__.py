@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from amct_pytorch.export.deploy_session import DeploySession
     from amct_pytorch.export.qdq import deploy_to_qdq
     from amct_pytorch.flows.block_calibration import calibrate_blocks
+    from amct_pytorch.flows.converted_files import load_converted, save_converted
     from amct_pytorch.flows.decomposition import auto_decomposition, decompose_network
     from amct_pytorch.flows.kv_cache import create_quant_cali_config, create_quant_cali_model
     from amct_pytorch.flows.low_bit import algorithm_register, convert, quantize
@@ -48,6 +49,8 @@ _HOMES = {
     "create_quant_cali_model": "flows.kv_cache",
     "create_quant_config": "flows.post_training",
     "decompose_network": "flows.decomposition",
+    "load_converted": "flows.converted_files",
+    "save_converted": "flows.converted_files",
     "deploy_to_qdq": "export.qdq",
     "quantize": "flows.low_bit",
     "quantize_model": "flows.post_training",
@@ -81,8 +84,10 @@ __all__ = [
     "create_quant_config",
     "decompose_network",
     "deploy_to_qdq",
+    "load_converted",
     "quantize",
     "quantize_model",
+    "save_converted",
     "save_model",
 ]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -80,6 +80,40 @@ class LowBitConv2d(nn.Module):
         layer.register_buffer("scale", weight.scale.float().clone())
         layer.register_buffer("input_scale", inputs.scale.float().clone())
         layer.register_buffer("bias", None if bias is None else bias.detach().clone())
+        return layer
+
+    def structure(self) -> dict[str, Any]:
+        """Everything but the contents of the buffers, for JSON."""
+        return {
+            "shape": list(self.packed.shape),
+            "stride": list(self.stride),
+            "padding": self.padding if isinstance(self.padding, str) else list(self.padding),
+            "dilation": list(self.dilation),
+            "groups": self.groups,
+            "weights": self.wts_type,
+            "inputs": self.act_type,
+            "strategy": self.granularity.kind,
+            "bias": self.bias is not None,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+    @classmethod
+    def from_structure(cls, raw: Mapping[str, Any]) -> LowBitConv2d:
+        """A module of that structure with buffers of zeros, to load a state dict into."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.wts_type, layer.act_type = raw["weights"], raw["inputs"]
+        layer.granularity = Granularity(raw["strategy"])
+        padding = raw["padding"]
+        layer.stride, layer.dilation = tuple(raw["stride"]), tuple(raw["dilation"])
+        layer.padding = padding if isinstance(padding, str) else tuple(padding)
+        layer.groups, layer.dtype, layer.notes = raw["groups"], getattr(torch, raw["dtype"]), []
+        shape = tuple(raw["shape"])
+        bias = torch.zeros(shape[0], dtype=layer.dtype) if raw["bias"] else None
+        layer.register_buffer("packed", torch.zeros(shape, dtype=torch.uint8))
+        layer.register_buffer("scale", torch.zeros(layer.granularity.scales_shape(shape)))
+        layer.register_buffer("input_scale", torch.zeros(1))
+        layer.register_buffer("bias", bias)
         return layer
 
     def _take(self, other: LowBitConv2d) -> None:

@@ -205,7 +205,8 @@ class LowBitLinear(nn.Module):
                 buffers["bias"] = units.to(torch.int32)
                 spec = dataclasses.replace(spec, bias="int32")
         layer = cls.__new__(cls)
-        layer._fill(spec, {name: None if b is None else b.clone() for name, b in buffers.items()})
+        own = {n: None if b is None else _own_copy(b) for n, b in buffers.items()}
+        layer._fill(spec, own)
         layer.notes = notes
         return layer
 
@@ -363,6 +364,11 @@ class LowBitLinear(nn.Module):
             f"weights={self.spec.weight}, inputs={inputs}, bias={self.spec.bias}, "
             f"bytes={self.stored_bytes()}, kernel={self.kernel}"
         )
+
+
+def _own_copy(x: Tensor) -> Tensor:
+    """A copy in the order of the axes, whatever the order of the original (kernels need it)."""
+    return x.detach().clone(memory_format=torch.contiguous_format)
 
 
 def _spec_of(

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 # Beyond this many tokens at once, dequantizing int8 weights for one float product is faster.
 FEW_TOKENS = 32
+# Of the operands of torch's weight-only kernels: they load whole vectors and end the process where
+# those are not aligned. What torch allocates is.
+ALIGNMENT = 64
 # Relative to the sums of |x · w|: inputs, sums and, in groups, scales are rounded to bfloat16,
 # at most 2^-9 of them each.
 BFLOAT16_TOLERANCE = 3 * 2.0**-9
@@ -71,6 +74,11 @@ class Int8WeightCpu(Kernel):
             and x.device.type == "cpu"
             and layer.in_features % 16 == 0
         )
+
+    def prepare(self, layer: LowBitLinear) -> None:
+        """Moves codes that lie where the kernel would crash, as in a file mapped into memory."""
+        super().prepare(layer)
+        layer.packed = _aligned(layer.packed)
 
     def run(self, layer: LowBitLinear, x: Tensor) -> Tensor:
         """y = (x · Qᵀ - offset Σ x) · scale + bias."""
@@ -213,7 +221,12 @@ def _int_mm_is_exact(device: torch.device) -> bool:
 
 def _bfloat16_tokens(layer: LowBitLinear, x: Tensor) -> Tensor:
     tokens = x if layer.divisor is None else divided(layer, x)
-    return tokens.reshape(-1, layer.in_features).bfloat16().contiguous()
+    return _aligned(tokens.reshape(-1, layer.in_features).bfloat16().contiguous())
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """`x`, or a copy where it does not begin at a multiple of ALIGNMENT bytes."""
+    return x.clone() if x.data_ptr() % ALIGNMENT else x
 
 
 def _finished(layer: LowBitLinear, y: Tensor, x: Tensor) -> Tensor:
