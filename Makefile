@@ -22,7 +22,7 @@ PY_DIRS := $(wildcard src tests examples benchmarks)
 
 .DEFAULT_GOAL := help
 .PHONY: help env test fuzz lint format types proto demo bench bench-peers bench-table \
-  bench-decomposition bench-finetune bench-flow bench-gptq real-models kv-cache clean distclean
+  bench-decomposition bench-finetune bench-flow bench-gptq real-models kv-cache language-model clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -39,6 +39,7 @@ help:
 	@echo "make bench-gptq   one GPTQ layer against the textbook loop"
 	@echo "make real-models  quantize a sentence encoder, waifu2x and a 3-D U-Net; check their figures"
 	@echo "make kv-cache     SmolLM2-135M with int8 KV caches: perplexity, memory, speed"
+	@echo "make language-model    the same model in few bits by every algorithm (half an hour)"
 	@echo "make clean        remove caches and outputs; make distclean also the environments"
 
 # --- environment -----------------------------------------------------------------------------
@@ -121,6 +122,10 @@ $(VENV)/.stamp-language: $(VENV)/.stamp-real examples/requirements-language.txt 
 
 kv-cache: $(VENV)/.stamp-language
 	$(BIN)/python examples/quantize_kv_cache.py
+
+language-model: $(VENV)/.stamp-language
+	$(BIN)/python examples/quantize_language_model.py
+	$(BIN)/python examples/register_algorithm.py
 
 bench-peers: env
 	$(BIN)/python benchmarks/peers.py install

@@ -23,6 +23,7 @@ FORMATS_GUIDE = ROOT / "docs" / "formats.md"
 GPTQ_GUIDE = ROOT / "docs" / "gptq.md"
 LOW_BIT_GUIDE = ROOT / "docs" / "low_bit_algorithms.md"
 PTQ_GUIDE = ROOT / "docs" / "ptq.md"
+QUANTIZE_GUIDE = ROOT / "docs" / "low_bit.md"
 
 
 def test_the_script_of_the_readme_runs(tmp_path, monkeypatch):
@@ -129,3 +130,17 @@ def test_the_script_of_the_low_bit_guide_runs_and_its_table_names_every_algorith
     assert [layer.status for layer in layers] == ["deployed"] * 2
     told = set(re.findall(r"^\| `(\w+)`", text, re.MULTILINE))
     assert told == {name for name, *_ in BUILT_IN} - {"minmax", "gptq"}
+
+
+def test_the_script_of_the_quantize_guide_runs(tmp_path, monkeypatch):
+    script = re.search(r"```python\n(.*?)```", QUANTIZE_GUIDE.read_text(), re.DOTALL)
+    assert script is not None
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names: dict[str, object] = {}
+    exec(compile(script.group(1), str(QUANTIZE_GUIDE), "exec"), names)
+    batch = names["batches"][0]
+    with torch.no_grad():
+        assert torch.equal(names["again"](batch), names["model"](batch))
+    told = [entry.weights for entry in names["model"].amct_ledger.layers]
+    assert told == ["int4 by group of 64, asymmetric", "int8 by channel"]
