@@ -22,7 +22,8 @@ PY_DIRS := $(wildcard src tests examples benchmarks)
 
 .DEFAULT_GOAL := help
 .PHONY: help env test fuzz lint format types proto demo bench bench-peers bench-table \
-  bench-decomposition bench-finetune bench-flow bench-gptq real-models kv-cache language-model clean distclean
+  bench-decomposition bench-finetune bench-flow bench-gptq bench-super-resolution \
+  real-models kv-cache language-model clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -36,6 +37,7 @@ help:
 	@echo "make bench        run every contender whose environment is there; rewrite the table"
 	@echo "make bench-decomposition, make bench-finetune    figures of tensor decomposition"
 	@echo "make bench-flow   time and memory of the flow on a network of ResNet-50's shape"
+	@echo "make bench-super-resolution    waifu2x beside ONNX Runtime's own quantizer"
 	@echo "make bench-gptq   one GPTQ layer against the textbook loop"
 	@echo "make real-models  quantize a sentence encoder, waifu2x and a 3-D U-Net; check their figures"
 	@echo "make kv-cache     SmolLM2-135M with int8 KV caches: perplexity, memory, speed"
@@ -140,6 +142,10 @@ bench-table: env
 bench-flow: env
 	$(PIP) install --quiet --no-deps sympy mpmath
 	$(BIN)/python benchmarks/flow_costs.py
+
+bench-super-resolution: env
+	$(PIP) install --quiet --no-deps --requirement examples/requirements-decomposition.txt
+	$(BIN)/python benchmarks/super_resolution.py
 
 bench-gptq: env
 	$(BIN)/python benchmarks/gptq.py
