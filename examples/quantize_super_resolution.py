@@ -22,8 +22,8 @@ FOLDER = Path("outputs") / "super_resolution"
 CALIBRATION = slice(0, CALIBRATION_PHOTOS)
 HELD_OUT = slice(CALIBRATION_PHOTOS, None)
 GOAL = 0.15
-"""Most that the PSNR should lose, in dB. Not reached: ranges chosen on the held-out photos themselves
-would still lose 0.18 (benchmarks/README.md)."""
+"""Most that the PSNR should lose, in dB. Not reached: ranges chosen on the held-out photos
+themselves would still lose 0.18 (benchmarks/README.md)."""
 LIMIT = 0.25
 """Most that it may lose."""
 
