@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from amct_pytorch.errors import AmctError
     from amct_pytorch.export.deploy_session import DeploySession
     from amct_pytorch.export.qdq import deploy_to_qdq
+    from amct_pytorch.flows.auto_calibration import accuracy_based_auto_calibration
     from amct_pytorch.flows.block_calibration import calibrate_blocks
     from amct_pytorch.flows.converted_files import load_converted, save_converted
     from amct_pytorch.flows.decomposition import auto_decomposition, decompose_network
@@ -43,6 +44,7 @@ _HOMES = {
     "DeploySession": "export.deploy_session",
     "ModelEvaluator": "auto_calibration.model_evaluator",
     "QuantCalibrationOp": "nn.module.quantization.quant_calibration_op",
+    "accuracy_based_auto_calibration": "flows.auto_calibration",
     "algorithm_register": "flows.low_bit",
     "auto_decomposition": "flows.decomposition",
     "calibrate_blocks": "flows.block_calibration",
@@ -78,6 +80,7 @@ __all__ = [
     "DeploySession",
     "ModelEvaluator",
     "QuantCalibrationOp",
+    "accuracy_based_auto_calibration",
     "algorithm_register",
     "auto_decomposition",
     "calibrate_blocks",

@@ -40,6 +40,8 @@ class CalibrationResult:
         corrects: whether bias correction was asked for.
         not_run: layers that no calibration batch went through; they stay float.
         seconds: wall time of the steps.
+        operands: what the layers compute on, by layer.
+        float_biases: the bias of each layer before correction.
     """
 
     factors: dict[str, LayerFactors]
@@ -50,6 +52,8 @@ class CalibrationResult:
     corrects: bool
     not_run: tuple[str, ...]
     seconds: dict[str, float]
+    operands: dict[str, IntegerOperands]
+    float_biases: dict[str, Tensor]
 
 
 class Calibration:
@@ -198,6 +202,7 @@ class Calibration:
         operands = {
             name: IntegerOperands.of(self._layers[name], known) for name, known in factors.items()
         }
+        float_biases = {name: self._layers[name].bias.detach().clone() for name in operands}
         changes = self._correct(operands)
         for known in statistics.values():
             known.mean_input = None  # as large as the network's activations on one item
@@ -221,6 +226,8 @@ class Calibration:
             self._config.bias_correction,
             not_run,
             seconds,
+            operands,
+            float_biases,
         )
 
     def _correct(self, operands: dict[str, IntegerOperands]) -> dict[str, Tensor]:

@@ -2,39 +2,36 @@
 
 from __future__ import annotations
 
-import gc
-import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import nn
 
-from amct_pytorch.algorithms.solve import output_ranges
-from amct_pytorch.config.availability import check_available
 from amct_pytorch.config.calibration_cfg import calibration_config_from_cfg
-from amct_pytorch.config.calibration_json import dump_calibration_json, load_calibration_json
+from amct_pytorch.config.calibration_json import dump_calibration_json
 from amct_pytorch.config.cfg_file import parse_calibration_cfg
 from amct_pytorch.config.defaults import default_calibration_config
-from amct_pytorch.config.layer_rules import with_packable_weights
-from amct_pytorch.config.models import CalibrationConfig
-from amct_pytorch.errors import ConfigError, ExportError, ModelError, RecordError
+from amct_pytorch.errors import ExportError, ModelError, RecordError
 from amct_pytorch.files import PathLike, WholeFiles, check_distinct, check_writable, write_whole
 from amct_pytorch.flows.arguments import public_call
-from amct_pytorch.flows.calibration import Calibration, CalibrationResult
-from amct_pytorch.flows.calibration_ledger import calibration_ledger
+from amct_pytorch.flows.calibration import CalibrationResult
 from amct_pytorch.flows.outputs import output_path
-from amct_pytorch.graph.layers import LAYER_KINDS
-from amct_pytorch.graph.look import ModelGraph, look_at
-from amct_pytorch.graph.readers import layers_read_in_float
+from amct_pytorch.flows.preparation import (
+    FINGERPRINT_KEY,
+    LEDGER_KEY,
+    InputData,
+    Prepared,
+    nothing_to_quantize,
+    prepare,
+    warn_if_poor,
+)
+from amct_pytorch.graph.look import look_at
 from amct_pytorch.graph.tensors import ModelInputs
 from amct_pytorch.logs import logger, start_logging
 from amct_pytorch.memory import release_memory
-from amct_pytorch.nn.instrument import instrument
-from amct_pytorch.nn.wrapped import compressed_layers
 from amct_pytorch.record.fingerprint import fingerprint
-from amct_pytorch.record.record_file import RecordFile, read_record, write_record
+from amct_pytorch.record.record_file import RecordFile, read_record
 from amct_pytorch.report.ledger import Ledger
 from amct_pytorch.report.table import ledger_table
 
@@ -42,11 +39,6 @@ if TYPE_CHECKING:
     import onnx
 
     from amct_pytorch.export.float_model import DynamicAxes
-
-LEDGER_KEY = "amct.ledger"
-FINGERPRINT_KEY = "amct.fingerprint"
-
-InputData = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
 
 @public_call
@@ -98,7 +90,7 @@ def create_quant_config(
             message, graph.layers, graph.module_names, str(config_defination)
         )
     if not config.layers:
-        raise ModelError(_nothing_to_quantize(graph))
+        raise ModelError(nothing_to_quantize(graph))
     write_whole(config_file, dump_calibration_json(config).encode(), what="config_file")
 
 
@@ -140,77 +132,14 @@ def quantize_model(
         AmctError: naming the argument, file or layer, what was found and what is allowed;
             nothing is written then.
     """
-    from amct_pytorch.export.deploy import EXTRA_RANGES
-    from amct_pytorch.export.float_model import (
-        check_exportable,
-        check_names,
-        check_output_count,
-        export_float,
-    )
-    from amct_pytorch.export.onnx_file import save_onnx
 
-    start_logging(to_file=False)
-    inputs = ModelInputs.of(input_data)
-    weights = _names_of_weights(model)
-    check_names(inputs, input_names, output_names, dynamic_axes, weights)
-    check_distinct(
-        config_file=config_file, modfied_onnx_file=modfied_onnx_file, record_file=record_file
-    )
-    onnx_path = check_writable(modfied_onnx_file, "modfied_onnx_file")
-    record_path = check_writable(record_file, "record_file")
-    started = time.perf_counter()
-    graph = look_at(model, inputs)
-    check_output_count(output_names, len(graph.trace.outputs))
-    check_exportable(graph.trace)
-    start_logging(to_file=True)
-    config = load_calibration_json(config_file, graph.layers, graph.module_names)
-    check_available(config, str(config_file))
-    config, notes = with_packable_weights(config, graph.layers)
-    names = list(config.enabled_layers())
-    if not names:
-        raise ConfigError(f"{config_file}: no layer is enabled; {_nothing_to_quantize(graph)}")
-    fused = _fused_norms(graph, config)
-    instrumented = instrument(model, graph, inputs, names, fused)
-    release_memory()
-    looked = time.perf_counter()
-    float_model = export_float(
-        instrumented,
-        inputs,
-        input_names=input_names,
-        output_names=output_names,
-        dynamic_axes=dynamic_axes,
-    )
-    gc.collect()  # The exporter's graphs are cycles.
-    release_memory()
-    seconds = {"look and fuse": looked - started, "export": time.perf_counter() - looked}
+    def finished(prepared: Prepared, result: CalibrationResult) -> None:
+        warn_if_poor(prepared.complete(result))
 
-    def finished(result: CalibrationResult) -> None:
-        started = time.perf_counter()
-        ledger = calibration_ledger(graph, config, fused, notes, result, seconds | result.seconds)
-        layers = compressed_layers(instrumented)
-        biases = {name: layers[name].bias for name in result.factors if layers[name].layout}
-        metadata = {
-            FINGERPRINT_KEY: fingerprint(result.factors),
-            LEDGER_KEY: ledger.to_json(),
-            EXTRA_RANGES: json.dumps(output_ranges(result.statistics)),
-        }
-        record = RecordFile(factors=dict(result.factors))
-        with WholeFiles() as files:
-            _complete_onnx(onnx_path, biases, metadata, files)
-            write_record(record_path, record, announce=False, files=files)
-        release_memory()
-        logger.info("calibration files written in %.2f s", time.perf_counter() - started)
-        _warn_if_poor(ledger)
-
-    with_outputs = layers_read_in_float(graph, names, fused)
-    calibration = Calibration(instrumented, config, with_outputs, inputs, finished)
-    # The ONNX model first: one that is not completed goes with no record.
-    with WholeFiles() as files:
-        save_onnx(float_model, onnx_path, what="modfied_onnx_file", files=files)
-        write_record(record_path, RecordFile(factors=calibration.initial_factors()), files=files)
-    del float_model
-    release_memory()
-    return instrumented
+    names = (input_names, output_names, dynamic_axes)
+    return prepare(
+        config_file, modfied_onnx_file, record_file, model, input_data, names, finished
+    ).model
 
 
 @public_call
@@ -275,48 +204,7 @@ def save_model(modfied_onnx_file: PathLike, record_file: PathLike, save_path: Pa
         ledger.seconds["save"] = time.perf_counter() - started
         files.write(targets["ledger"], ledger.to_json(indent=4).encode(), what="save_path")
     print(ledger_table(ledger))
-    _warn_if_poor(ledger)
-
-
-def _names_of_weights(model: nn.Module) -> set[str]:
-    """The names that a model's tensors have in its ONNX file."""
-    if not isinstance(model, nn.Module):
-        return set()
-    modules = {f"{path}.{name}" for path, _ in model.named_modules() for name in ("weight", "bias")}
-    return modules | {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
-
-
-def _fused_norms(graph: ModelGraph, config: CalibrationConfig) -> dict[str, str]:
-    """The BatchNorm to fold into each enabled layer, by layer name."""
-    if not config.do_fusion:
-        return {}
-    return {
-        name: norm
-        for name, norm in graph.fusable_norms.items()
-        if name in config.enabled_layers() and name not in config.skip_fusion_layers
-    }
-
-
-def _nothing_to_quantize(graph: ModelGraph) -> str:
-    if not graph.layers:
-        return f"the model has no layer that can be quantized; such are {', '.join(LAYER_KINDS)}"
-    if any(layer.quantizable for layer in graph.layers):
-        return "set quant_enable of at least one layer to true"
-    reasons = "; ".join(f"{layer.name or 'the model'}: {layer.reason}" for layer in graph.layers)
-    return f"no layer of the model can be quantized; {reasons}"
-
-
-def _complete_onnx(
-    path: Path, biases: Mapping[str, Tensor], metadata: Mapping[str, str], files: WholeFiles
-) -> None:
-    """Rewrites the modified ONNX with its final biases and the calibration's metadata."""
-    from amct_pytorch.export.calibrated import complete
-    from amct_pytorch.export.onnx_file import load_onnx, save_onnx
-
-    model = load_onnx(path, "modfied_onnx_file", tensors_stay=True)
-    arrays = {name: bias.detach().float().cpu().numpy() for name, bias in biases.items()}
-    complete(model, arrays, metadata)
-    save_onnx(model, path, what="modfied_onnx_file", announce=False, files=files)
+    warn_if_poor(ledger)
 
 
 def _stored_ledger(model: onnx.ModelProto, record: RecordFile) -> Ledger:
@@ -351,22 +239,3 @@ def _stored_ledger(model: onnx.ModelProto, record: RecordFile) -> Ledger:
         logger.warning(note)
         ledger.notes.append(note)
     return ledger
-
-
-def _warn_if_poor(ledger: Ledger) -> None:
-    """Says loudly that the quantized model has little to do with the float one."""
-    if ledger.output is None or not ledger.output.poor:
-        return
-    worst = sorted(
-        (entry for entry in ledger.layers if entry.sqnr_db is not None),
-        key=lambda entry: entry.sqnr_db or 0.0,
-    )[:3]
-    names = ", ".join(f"{entry.name} ({entry.sqnr_db:.1f} dB)" for entry in worst)
-    logger.warning(
-        "POOR AGREEMENT: the quantized model's output has SQNR %s dB and cosine %.4f against the "
-        "float model on calibration data. Worst layers: %s. Give more, or more typical, "
-        "calibration data, or leave these layers in float (quant_enable false).",
-        "inf" if ledger.output.sqnr_db is None else f"{ledger.output.sqnr_db:.1f}",
-        ledger.output.cosine,
-        names,
-    )

@@ -1,0 +1,323 @@
+"""accuracy_based_auto_calibration: the search, its files, and what it refuses."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import amct_pytorch as amct
+from amct_pytorch.common.auto_calibration import (
+    AutoCalibrationEvaluatorBase,
+    AutoCalibrationStrategyBase,
+    SensitivityBase,
+)
+from amct_pytorch.errors import ArgumentTypeError, ArgumentValueError, CalibrationError
+from amct_pytorch.observers.statistics import Agreement
+
+STEM = "accuracy_based_auto_calibration"
+LAYERS = 8
+BAD = ("layers.2", "layers.5")
+
+
+class Network(nn.Module):
+    """Residual convolutions; two of them have inputs that 8 bits per tensor cannot hold."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.layers = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(LAYERS))
+        self.spread = torch.ones(8, 1, 1)
+        self.spread[0] = 3000.0
+
+    def forward(self, x):
+        for index, layer in enumerate(self.layers):
+            wide = f"layers.{index}" in BAD
+            y = layer(x * self.spread) if wide else layer(x)
+            x = x + torch.tanh(y / (1000.0 if wide else 1.0))
+        return x
+
+
+def network():
+    net = Network().eval()
+    with torch.no_grad():
+        for name in BAD:
+            layer = net.get_submodule(name)
+            layer.weight[:, 0] /= 3000.0
+            layer.weight[:, 1:] *= 1000.0
+            layer.weight[:, 0] *= 1000.0
+    return net
+
+
+def images(seed, number=2):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(2, 8, 6, 6, generator=generator) for _ in range(number)]
+
+
+class Evaluator(AutoCalibrationEvaluatorBase):
+    """Agreement with the float network on other images."""
+
+    def __init__(self, least_db):
+        self.least_db = least_db
+        self.net = network()
+        self.evaluated = []
+        self.calibrated = 0
+
+    def calibration(self, model):
+        self.calibrated += 1
+        with torch.no_grad():
+            for x in images(1):
+                model(x)
+
+    def outputs(self, run):
+        with torch.no_grad():
+            return torch.cat([torch.as_tensor(run(x)) for x in images(2)])
+
+    def evaluate(self, model):
+        found = self.outputs(model)
+        metric = min(Agreement.between(self.outputs(self.net), found).sqnr_db, 200.0)
+        self.evaluated.append(metric)
+        return metric
+
+    def metric_eval(self, original_metric, new_metric):
+        return new_metric >= self.least_db, original_metric - new_metric
+
+
+def search(evaluator, model=None, **changes):
+    model = network() if model is None else model
+    example = images(1)[0]
+    if not Path("config.json").exists():
+        amct.create_quant_config("config.json", model, example, batch_num=2)
+    amct.accuracy_based_auto_calibration(
+        model, evaluator, "config.json", "record.txt", "out/net", example, **changes
+    )
+
+
+def read(name):
+    return json.loads(Path(f"out/{STEM}_{name}.json").read_text())
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def levels():
+    """SQNR with all layers quantized, and with the bad ones in float."""
+    evaluator = Evaluator(-math.inf)
+    search(evaluator)
+    for file in Path("out").iterdir():
+        file.unlink()
+    return evaluator.evaluated[1]
+
+
+def test_a_config_that_is_good_enough_is_saved_as_it_is():
+    evaluator = Evaluator(-100.0)
+    search(evaluator)
+    assert len(evaluator.evaluated) == 2 and evaluator.calibrated == 1
+    assert {file.name for file in Path("out").iterdir()} == {
+        "net_fake_quant_model.onnx", "net_deploy_model.onnx", "net_ledger.json",
+        f"{STEM}_final_config.json", f"{STEM}_record.json",
+    }  # fmt: skip
+    assert read("final_config") == json.loads(Path("config.json").read_text())
+    assert [trial["rolled_back"] for trial in read("record")["trials"]] == [[]]
+
+
+def test_sensitive_layers_go_back_to_float_until_it_is_good_enough():
+    plain = levels()
+    evaluator = Evaluator(plain + 6)
+    model = network()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    search(evaluator, model)
+    given = json.loads(Path("config.json").read_text())
+    final = read("final_config")
+    rolled_back = {name for name in given if isinstance(given[name], dict)
+                   and given[name]["quant_enable"] and not final[name]["quant_enable"]}  # fmt: skip
+    assert rolled_back == set(BAD)
+    assert {name: value for name, value in final.items() if name not in rolled_back} == {
+        name: value for name, value in given.items() if name not in rolled_back
+    }
+    ranking = read("ranking_information")
+    assert [name for name, _ in ranking[:2]] in ([*BAD], [*reversed(BAD)])
+    assert [score for _, score in ranking] == sorted(score for _, score in ranking)
+    trials = read("record")["trials"]
+    assert len(trials) <= math.log2(LAYERS) + 2
+    assert len(trials) == len(evaluator.evaluated) - 1 and evaluator.calibrated == 1
+    assert not trials[0]["accepted"] and len(trials[1]["rolled_back"]) == LAYERS // 2
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+    # What was evaluated is what the files compute.
+    accepted = [trial for trial in trials if set(trial["rolled_back"]) == rolled_back]
+    session = amct.DeploySession("out/net_deploy_model.onnx")
+    deployed = evaluator.outputs(lambda x: session.run(None, {"x": x.numpy()})[0])
+    found = Agreement.between(evaluator.outputs(evaluator.net), deployed).sqnr_db
+    # Float operators between the layers round differently in torch and ONNX Runtime.
+    assert found == pytest.approx(accepted[0]["metric"], abs=0.05)
+    record = Path("record.txt").read_text()
+    assert all((f'"{name}"' in record) == (name not in rolled_back) for name in
+               (f"layers.{i}" for i in range(LAYERS)))  # fmt: skip
+    ledger = json.loads(Path("out/net_ledger.json").read_text())
+    float_layers = {layer["name"] for layer in ledger["layers"] if layer["status"] == "float"}
+    assert float_layers == rolled_back
+
+
+def test_an_interrupted_search_goes_on_and_ends_alike():
+    plain = levels()
+    whole = Evaluator(plain + 6)
+    search(whole)
+    final, trials = read("final_config"), read("record")["trials"]
+    for file in Path("out").iterdir():
+        file.unlink()
+
+    class Killed(Evaluator):
+        def evaluate(self, model):
+            if len(self.evaluated) == 3:
+                raise KeyboardInterrupt
+            return super().evaluate(model)
+
+    with pytest.raises(KeyboardInterrupt):
+        search(Killed(plain + 6))
+    assert read("record")["trials"] == trials[:2]
+    assert not Path("out/net_deploy_model.onnx").exists()
+    again = Evaluator(plain + 6)
+    search(again)
+    assert read("final_config") == final
+    assert read("record")["trials"] == trials
+    # The float model, and the trials that had not been run.
+    assert len(again.evaluated) == 1 + len(trials) - 2
+
+
+def test_trials_of_another_search_do_not_count():
+    search(Evaluator(-100.0))
+    other = network()
+    with torch.no_grad():
+        other.layers[0].weight *= 1.1
+    evaluator = Evaluator(-100.0)
+    search(evaluator, other)
+    assert len(evaluator.evaluated) == 2
+
+
+def test_nothing_is_written_where_nothing_is_good_enough(caplog):
+    evaluator = Evaluator(190.0)
+    search(evaluator)
+    assert "no model is written" in caplog.text
+    assert {file.name for file in Path("out").iterdir()} == {
+        f"{STEM}_ranking_information.json", f"{STEM}_record.json",
+    }  # fmt: skip
+    assert not Path("record.txt").exists()
+    assert not any(trial["accepted"] for trial in read("record")["trials"])
+
+
+class ByName(SensitivityBase):
+    """Ranks in the order of the network."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def compare(self, data, other):
+        assert data.shape == other.shape
+        self.calls += 1
+        return float(self.calls)
+
+
+class OneByOne(AutoCalibrationStrategyBase):
+    """Rolls one more layer back each time."""
+
+    def initialize(self, ranking_info):
+        self.names = [name for name, _ in ranking_info]
+        self.number = 0
+
+    def update_quant_config(self, metric_eval):
+        if not (metric_eval[0] and self.number):
+            self.number += 1
+        elif self.number:
+            return True, self.flags()
+        return False, self.flags()
+
+    def flags(self):
+        return {name: index >= self.number for index, name in enumerate(self.names)}
+
+
+def test_strategies_and_sensitivities_of_the_users_own():
+    plain = levels()
+    evaluator, measure = Evaluator(plain + 6), ByName()
+    search(evaluator, strategy=OneByOne(), sensitivity=measure)
+    assert measure.calls == LAYERS
+    assert [name for name, _ in read("ranking_information")] == [
+        f"layers.{i}" for i in range(LAYERS)
+    ]
+    # layers.5 is the sixth.
+    assert [len(trial["rolled_back"]) for trial in read("record")["trials"]] == list(range(7))
+
+
+class Endless(OneByOne):
+    def update_quant_config(self, metric_eval):
+        return False, self.flags()
+
+
+class AllBack(OneByOne):
+    def update_quant_config(self, metric_eval):
+        return False, dict.fromkeys(self.names, False)
+
+
+class Unknown(OneByOne):
+    def update_quant_config(self, metric_eval):
+        return True, {"layers.0": True}
+
+
+class NoPair(OneByOne):
+    def update_quant_config(self, metric_eval):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("strategy", "error", "message"),
+    [
+        (Endless(), CalibrationError, "has not stopped after 33 trials for 8 layers"),
+        (AllBack(), CalibrationError, "rolls back every layer and does not stop"),
+        (Unknown(), ArgumentValueError, r"flags and the ranking differ in 'layers.1'"),
+        (NoPair(), ArgumentTypeError, "update_quant_config returned true; allowed: whether"),
+        (OneByOne, ArgumentTypeError, "strategy is the class OneByOne; allowed: BinarySearch, or "),
+        ("Binary", ArgumentValueError, "strategy is .Binary. .did you mean 'BinarySearch'"),
+        (3, ArgumentTypeError, "strategy is int; allowed"),
+    ],
+)
+def test_wrong_strategies_are_told(strategy, error, message):
+    with pytest.raises(error, match=message):
+        search(Evaluator(190.0), strategy=strategy)
+    assert not Path("record.txt").exists()
+
+
+def test_other_wrong_arguments_are_told(monkeypatch):
+    with pytest.raises(ArgumentTypeError, match="model_evaluator is object; allowed: an instance"):
+        search(object())
+    with pytest.raises(ArgumentValueError, match=r"sensitivity is .Cosine."):
+        search(Evaluator(0.0), sensitivity="Cosine")
+    lazy = Evaluator(0.0)
+    monkeypatch.setattr(lazy, "calibration", lambda model: model(images(1)[0]))
+    with pytest.raises(CalibrationError, match=r"fewer than the config's batch_num \(2\)"):
+        search(lazy)
+    vague = Evaluator(0.0)
+    monkeypatch.setattr(vague, "metric_eval", lambda original, new: True)
+    with pytest.raises(ArgumentTypeError, match="metric_eval returned true; allowed"):
+        search(vague)
+    assert not Path("record.txt").exists()
+
+
+def test_driven_by_files_alone():
+    Path("data").mkdir()
+    for index, x in enumerate(images(1)):
+        x.numpy().astype(np.float32).tofile(f"data/{index}.bin")
+
+    class Both(amct.ModelEvaluator):
+        def calibration(self, model, batch_num=2):
+            super().calibration(model, batch_num)
+
+    evaluator = Both("data", "x:2,8,6,6", "float32")
+    evaluator.allowed_loss = 0.5
+    search(evaluator)
+    assert Path("out/net_deploy_model.onnx").exists()
+    assert read("record")["float_metric"] == 1.0
