@@ -127,20 +127,45 @@ def feed_forward(rounding: Rounding, upper: Tensor, importance: Tensor) -> Tenso
         (E U)ᵀ, [K, N]: its squared norm is tr(E (H + damping·I) Eᵀ).
     """
     diagonal = upper.diagonal()
-    feedback = (upper / diagonal).T.contiguous()
-    target = rounding.weight.clone()
-    error = rounding.error
     unknown = {
         start: stop
         for start, stop in granule_spans(rounding.granule_of)
         if rounding.factors[rounding.granule_of[start]] is None
     }
+    target = rounding.weight.clone()
+    feedback = (upper / diagonal).T.contiguous()
+    _Feedback(rounding, target, feedback, importance, unknown).run(0, len(target))
+    # The rounded row is weight - error, so this is the error in the last target, times D^(1/2).
+    return target.sub_(rounding.weight).add_(rounding.error).mul_(diagonal[:, None])
 
-    def go(start: int, stop: int) -> None:
-        if unknown.get(start) == stop:
-            found = rounding.grid.search(target[start:stop], importance[start:stop])
+
+# A recursive closure would hold itself, and the matrices with it, until the collector comes by.
+@dataclass(frozen=True)
+class _Feedback:
+    """The recursion of `feed_forward`.
+
+    Attributes:
+        rounding: the weights.
+        target: what each row is to be rounded to, [K, N].
+        feedback: Ũᵀ, [K, K].
+        importance: [K].
+        unknown: first row of each granule without factors and the row after its last.
+    """
+
+    rounding: Rounding
+    target: Tensor
+    feedback: Tensor
+    importance: Tensor
+    unknown: dict[int, int]
+
+    def run(self, start: int, stop: int) -> None:
+        """Rounds the rows from `start` to `stop`."""
+        rounding, target, feedback = self.rounding, self.target, self.feedback
+        error = rounding.error
+        if self.unknown.get(start) == stop:
+            found = rounding.grid.search(target[start:stop], self.importance[start:stop])
             rounding.factors[rounding.granule_of[start]] = found
-        edges = [edge for edge in unknown if start < edge < stop]
+        edges = [edge for edge in self.unknown if start < edge < stop]
         if stop - start <= LEAF and not edges:
             for row in range(start, stop):
                 if row > start:
@@ -149,13 +174,9 @@ def feed_forward(rounding: Rounding, upper: Tensor, importance: Tensor) -> Tenso
             return
         half = (start + stop) // 2
         middle = min(edges, key=lambda edge: abs(edge - half)) if edges else half
-        go(start, middle)
+        self.run(start, middle)
         target[middle:stop].addmm_(feedback[middle:stop, start:middle], error[start:middle])
-        go(middle, stop)
-
-    go(0, len(target))
-    # The rounded row is weight - error, so this is the error in the last target, times D^(1/2).
-    return target.sub_(rounding.weight).add_(error).mul_(diagonal[:, None])
+        self.run(middle, stop)
 
 
 def granule_spans(granule_of: list[int]) -> list[tuple[int, int]]:
