@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from amct_pytorch.algorithms.error_feedback import LEAF, Rounding, granule_spans
+from amct_pytorch.algorithms.error_feedback import LEAF, Rounding, granule_spans, total
 from amct_pytorch.algorithms.weight_grid import Factors
 from amct_pytorch.formats import MicroscalingFormat
 
@@ -98,7 +98,7 @@ class _Sweep:
         moved = torch.sub(error[start:stop], before, out=change[start:stop])
         # A row's step changes the loss by 2 d·g + h d² with g its gradient before the step.
         steps = torch.addcmul(2 * slopes, moved, self._diagonal[start:stop, None])
-        self.gained -= float(steps.mul_(moved).sum(dtype=torch.float64))
+        self.gained -= total(steps.mul_(moved))
         if not self._last:
             slopes.addmm_(matrix[start:stop, start:stop].triu(), moved)
 
