@@ -3,7 +3,7 @@
 After one pass of error feedback a column could not know how those after it would be rounded.
 With E = W - Ŵ and G = E H, the loss tr(E H Eᵀ) as a function of column k alone is least at
 Ŵ_k = W_k + (G_k - H_kk E_k) / H_kk; rounding this is exact, because the function is the same
-parabola around it for each output channel (QuantEase, arXiv 2309.01885, section 3). With the
+parabola around it for each output channel (QuantEase, arXiv 2309.01885). With the
 multiples Z of a scale held, the best scale is s + (Z·G) / (Z H Zᵀ). No step raises the loss.
 
 Matrices of weights are transposed, [K, N]: see `weight_grid`.

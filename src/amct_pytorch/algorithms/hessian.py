@@ -19,7 +19,7 @@ class Hessian:
     """Mean of x xᵀ over the tokens of one layer input.
 
     For the squared output error of a linear layer this is half its Hessian in the weights of
-    any one output channel (GPTQ, arXiv 2210.17323, section 3.2); a constant factor changes
+    any one output channel (GPTQ, arXiv 2210.17323, "Background"); a constant factor changes
     nothing in what is solved with it. Layers that share an input share one such matrix.
 
     Products are computed in float32, CHUNK tokens at a time, and summed in float64, so the

@@ -49,12 +49,12 @@ def calibrate_blocks(
     layers                 forward passes through a block  memory beside the model
     ====================== =============================== ===================================
     minmax, awq, …         2: observe, output              block inputs, statistics
-    gptq                   about 2 with several batches    block inputs, Hessians
+    gptq                   about 3 with several batches    block inputs, Hessians
                            (each layer waits for those
                            before it), 1 with one batch
-    gptq, `follow_float`   the same and 1 in float         twice the block inputs, Hessians
-                                                           twice, float inputs of the block's
-                                                           layers
+    gptq, `follow_float`   the same and as many in float   twice the block inputs, Hessians
+                           (2 with one batch)              twice, float inputs of the block's
+                                                           layers for one batch
     ====================== =============================== ===================================
 
     Batches of equal shape keep memory low; a single one saves passes, and needs the memory of a
