@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from amct_pytorch.algorithms.clip_search import clip_search
+from amct_pytorch.algorithms.finite import is_finite
 from amct_pytorch.algorithms.weight_grid import WeightGrid
 from amct_pytorch.errors import ArgumentValueError
 from amct_pytorch.formats import QuantParams
@@ -168,5 +169,5 @@ def _check(weights: Sequence[Tensor], second_moments: Tensor, mean_abs: Tensor) 
             )
     named = {f"weights[{i}]": weight for i, weight in enumerate(weights)}
     for name, value in {**named, "second_moments": second_moments, "mean_abs": mean_abs}.items():
-        if not bool(value.isfinite().all()):
+        if not is_finite(value):
             raise ArgumentValueError(f"{name} holds NaN or infinity")

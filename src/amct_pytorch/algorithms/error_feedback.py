@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from amct_pytorch.algorithms.finite import is_finite
 from amct_pytorch.algorithms.hessian import STRIP
 from amct_pytorch.algorithms.weight_grid import Factors, WeightGrid
 
@@ -42,8 +43,9 @@ class Factorization:
 
     def solve(self, right: Tensor) -> Tensor:
         """X in (H + damping·I) X = right, [K, any]."""
-        # U Uᵀ flipped along both axes is L Lᵀ with L = U flipped.
-        return torch.cholesky_solve(right.flip(0), self.upper.flip(0, 1)).flip(0)
+        half = torch.linalg.solve_triangular(self.upper, right, upper=True)
+        solved: Tensor = torch.linalg.solve_triangular(self.upper.T, half, upper=False)
+        return solved
 
 
 def factorize(hessian: Tensor, damping: float) -> Factorization | None:
@@ -59,11 +61,12 @@ def factorize(hessian: Tensor, damping: float) -> Factorization | None:
     """
     mean = float(hessian.diagonal().mean())
     while True:
-        matrix = hessian.clone()
-        matrix.diagonal().add_(damping * mean)
         # Flipped along both axes, a lower triangular factor becomes an upper triangular one.
-        lower, failed = torch.linalg.cholesky_ex(matrix.flip(0, 1))
-        if not int(failed) and bool(lower.isfinite().all()):
+        matrix = hessian.flip(0, 1)
+        matrix.diagonal().add_(damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(matrix)
+        del matrix  # the largest layers decide on peak memory: copies are let go when done with
+        if not int(failed) and is_finite(lower):
             return Factorization(lower.flip(0, 1), damping * mean)
         if damping >= MOST_DAMPING:
             return None
@@ -127,20 +130,45 @@ def feed_forward(rounding: Rounding, upper: Tensor, importance: Tensor) -> Tenso
         (E U)ᵀ, [K, N]: its squared norm is tr(E (H + damping·I) Eᵀ).
     """
     diagonal = upper.diagonal()
-    feedback = (upper / diagonal).T.contiguous()
-    target = rounding.weight.clone()
-    error = rounding.error
     unknown = {
         start: stop
         for start, stop in granule_spans(rounding.granule_of)
         if rounding.factors[rounding.granule_of[start]] is None
     }
+    target = rounding.weight.clone()
+    feedback = torch.div(upper.T, diagonal[:, None], out=torch.empty_like(upper))
+    _Feedback(rounding, target, feedback, importance, unknown).run(0, len(target))
+    # The rounded row is weight - error, so this is the error in the last target, times D^(1/2).
+    return target.sub_(rounding.weight).add_(rounding.error).mul_(diagonal[:, None])
 
-    def go(start: int, stop: int) -> None:
-        if unknown.get(start) == stop:
-            found = rounding.grid.search(target[start:stop], importance[start:stop])
+
+# A recursive closure would hold itself, and the matrices with it, until the collector comes by.
+@dataclass(frozen=True)
+class _Feedback:
+    """The recursion of `feed_forward`.
+
+    Attributes:
+        rounding: the weights.
+        target: what each row is to be rounded to, [K, N].
+        feedback: Ũᵀ, [K, K].
+        importance: [K].
+        unknown: first row of each granule without factors and the row after its last.
+    """
+
+    rounding: Rounding
+    target: Tensor
+    feedback: Tensor
+    importance: Tensor
+    unknown: dict[int, int]
+
+    def run(self, start: int, stop: int) -> None:
+        """Rounds the rows from `start` to `stop`."""
+        rounding, target, feedback = self.rounding, self.target, self.feedback
+        error = rounding.error
+        if self.unknown.get(start) == stop:
+            found = rounding.grid.search(target[start:stop], self.importance[start:stop])
             rounding.factors[rounding.granule_of[start]] = found
-        edges = [edge for edge in unknown if start < edge < stop]
+        edges = [edge for edge in self.unknown if start < edge < stop]
         if stop - start <= LEAF and not edges:
             for row in range(start, stop):
                 if row > start:
@@ -149,13 +177,9 @@ def feed_forward(rounding: Rounding, upper: Tensor, importance: Tensor) -> Tenso
             return
         half = (start + stop) // 2
         middle = min(edges, key=lambda edge: abs(edge - half)) if edges else half
-        go(start, middle)
+        self.run(start, middle)
         target[middle:stop].addmm_(feedback[middle:stop, start:middle], error[start:middle])
-        go(middle, stop)
-
-    go(0, len(target))
-    # The rounded row is weight - error, so this is the error in the last target, times D^(1/2).
-    return target.sub_(rounding.weight).add_(error).mul_(diagonal[:, None])
+        self.run(middle, stop)
 
 
 def granule_spans(granule_of: list[int]) -> list[tuple[int, int]]:
@@ -168,14 +192,22 @@ def output_error(error: Tensor, hessian: Tensor) -> float:
     """tr(E H Eᵀ) for an error [K, N], by halves: H is symmetric, so each block is used twice."""
     rows = len(error)
     if rows <= 2 * LEAF:
-        return float((hessian @ error).mul_(error).sum(dtype=torch.float64))
+        return total((hessian @ error).mul_(error))
     half = rows // 2
     crossed = (hessian[:half, half:] @ error[half:]).mul_(error[:half])
     return (
         output_error(error[:half], hessian[:half, :half])
         + output_error(error[half:], hessian[half:, half:])
-        + 2 * float(crossed.sum(dtype=torch.float64))
+        + 2 * total(crossed)
     )
+
+
+def total(x: Tensor) -> float:
+    """The sum of a matrix: rows in its own precision, then in float64.
+
+    Summing all of it in float64 would first make a copy of it in float64.
+    """
+    return float(x.sum(1).sum(dtype=torch.float64))
 
 
 def upper_times(upper: Tensor, x: Tensor) -> Tensor:

@@ -19,8 +19,10 @@ from amct_pytorch.algorithms.error_feedback import (
     feed_forward,
     granule_spans,
     output_error,
+    total,
     upper_times,
 )
+from amct_pytorch.algorithms.finite import is_finite
 from amct_pytorch.algorithms.weight_grid import Factors, WeightGrid
 from amct_pytorch.errors import ArgumentValueError
 from amct_pytorch.formats import Granularity, NumberFormat
@@ -113,7 +115,7 @@ def solve_gptq(
             combination that is not allowed above.
     """
     grid = WeightGrid(fmt, granularity, symmetric)
-    prepared = prepare(hessian, grid, settings)
+    prepared = prepare(hessian.clone(), grid, settings)
     return solve_prepared(weight, prepared, grid, settings, target=target)
 
 
@@ -138,7 +140,7 @@ class PreparedHessian:
     def loss(self, error: Tensor) -> float:
         """tr(E H Eᵀ) without damping and dead columns, for an error [K, N]."""
         alive = error.masked_fill(self.dead[:, None], 0)
-        damped = self.damping * float(alive.square().sum(dtype=torch.float64))
+        damped = self.damping * total(alive.square())
         return max(output_error(alive, self.matrix) - damped, 0.0)
 
 
@@ -146,7 +148,7 @@ def prepare(hessian: Tensor, grid: WeightGrid, settings: GptqSettings) -> Prepar
     """Orders, damps and factorizes a Hessian.
 
     Args:
-        hessian: [K, K], symmetric.
+        hessian: [K, K], symmetric; may be changed and kept.
         grid: only its group size matters, and only without `static_groups`.
         settings: how layers are to be solved; `sweeps` does not matter.
 
@@ -158,11 +160,11 @@ def prepare(hessian: Tensor, grid: WeightGrid, settings: GptqSettings) -> Prepar
             f"hessian has shape {tuple(hessian.shape)}; allowed is [K, K], above 0"
         )
     _check_finite("hessian", hessian)
-    matrix = hessian.float().clone()
+    matrix = hessian.float()
     dead = matrix.diagonal() <= 0
     matrix[dead, dead] = 1
     order = _column_order(matrix.diagonal(), grid, settings)
-    factorization = factorize(matrix[order][:, order], settings.damping)
+    factorization = factorize(matrix[order[:, None], order], settings.damping)
     if factorization is None:
         return PreparedHessian(matrix, dead, order, None, 0.0)
     matrix.diagonal().add_(factorization.damping)
@@ -196,6 +198,7 @@ def solve_prepared(
     params = params_of(weight, fmt, granularity, symmetric=grid.symmetric)
     nearest = fake_quantize(weight.float(), params.scale, params.offset, fmt, granularity)
     loss_nearest = prepared.loss((aim - nearest).T.contiguous())
+    del nearest
     dead = int(prepared.dead.sum())
     damping = prepared.damping
     if dead == len(prepared.dead):
@@ -260,12 +263,12 @@ def _round(
     back = order.argsort()
     rounding = Rounding(weight, grid, granule_of.tolist(), ordered.factors)
     rounding.error, rounding.steps = ordered.error[back], ordered.steps[back]
-    loss = float(output.square().sum(dtype=torch.float64))
+    loss = total(output.square())
     if settings.sweeps:
         gradient = upper_times(upper, output)[back]
     for left in reversed(range(settings.sweeps)):
         loss -= sweep(rounding, matrix, gradient, last=not left)
-    damped = prepared.damping * float(rounding.error.square().sum(dtype=torch.float64))
+    damped = prepared.damping * total(rounding.error.square())
     return rounding, max(loss - damped, 0.0)
 
 
@@ -311,6 +314,5 @@ def _check(weight: Tensor, hessian: Tensor, target: Tensor | None) -> None:
 
 
 def _check_finite(name: str, tensor: Tensor) -> None:
-    # NaN and infinity show in the extremes, at one pass and no copy.
-    if not bool(torch.stack(tensor.aminmax()).isfinite().all()):
+    if not is_finite(tensor):
         raise ArgumentValueError(f"{name} holds NaN or infinity")

@@ -79,8 +79,10 @@ class SharedInput:
         if self.crossed is None:
             return None
         if self._correction is None:
-            crossed = self.crossed / max(self.reference_tokens, 1)
-            self._correction = (correction(self.hessian.mean(), crossed),)
+            found = correction(self.hessian.mean(), self.crossed)
+            if found is not None:
+                found /= max(self.reference_tokens, 1)
+            self._correction = (found,)
         (found,) = self._correction
         return None if found is None else torch.addmm(weight.float(), weight.float(), found)
 
@@ -142,6 +144,6 @@ class GptqCalibration:
             raise CalibrationError(
                 f"{self.name}: no input token was seen in calibration; run batches that reach it"
             )
-        prepared = shared.prepared(self.settings, grid)
         target = shared.target(weight)
+        prepared = shared.prepared(self.settings, grid)
         return solve_prepared(weight, prepared, grid, self.settings, target=target)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from amct_pytorch.algorithms.finite import is_finite
 from amct_pytorch.errors import ArgumentValueError
 
 # Rows of the matrix that one product fills. The matrix is symmetric: each strip is computed from
@@ -18,7 +19,7 @@ class Hessian:
     """Mean of x xᵀ over the tokens of one layer input.
 
     For the squared output error of a linear layer this is half its Hessian in the weights of
-    any one output channel (GPTQ, arXiv 2210.17323, section 3.2); a constant factor changes
+    any one output channel (GPTQ, arXiv 2210.17323, "Background"); a constant factor changes
     nothing in what is solved with it. Layers that share an input share one such matrix.
 
     Products are computed in float32, CHUNK tokens at a time, and summed in float64, so the
@@ -61,7 +62,7 @@ class Hessian:
         rows = x.detach().reshape(-1, self.features)
         if mask is not None:
             rows = rows[_selected(mask, x.shape[:-1])]
-        if not bool(rows.isfinite().all()):
+        if not is_finite(rows):
             raise ArgumentValueError("x holds NaN or infinity in a token that counts")
         for chunk in rows.split(CHUNK):
             self._add_rows(chunk.float())
@@ -80,8 +81,16 @@ class Hessian:
         """
         if not self.tokens:
             raise ArgumentValueError("no token has been counted; add at least one batch first")
-        upper = (self._sum / self.tokens).float().triu_()
-        return upper + upper.triu(1).T
+        mean = torch.empty(self._sum.shape, device=self._sum.device)
+        for start in range(0, self.features, STRIP):
+            stop = start + STRIP
+            strip = (self._sum[start:stop, start:] / self.tokens).float().triu_()
+            mean[start:stop, start:] = strip
+            mean[start:, start:stop] = strip.T
+            # Only upper triangles have been counted: the strip's own square is completed.
+            square = strip[:, : len(strip)]
+            mean[start:stop, start:stop] = square + square.triu(1).T
+        return mean
 
     def _add_rows(self, rows: Tensor) -> None:
         for start in range(0, self.features, STRIP):

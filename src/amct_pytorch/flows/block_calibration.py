@@ -49,12 +49,12 @@ def calibrate_blocks(
     layers                 forward passes through a block  memory beside the model
     ====================== =============================== ===================================
     minmax, awq, …         2: observe, output              block inputs, statistics
-    gptq                   about 2 with several batches    block inputs, Hessians
+    gptq                   about 3 with several batches    block inputs, Hessians
                            (each layer waits for those
                            before it), 1 with one batch
-    gptq, `follow_float`   the same and 1 in float         twice the block inputs, Hessians
-                                                           twice, float inputs of the block's
-                                                           layers
+    gptq, `follow_float`   the same and as many in float   twice the block inputs, Hessians
+                           (2 with one batch)              twice, float inputs of the block's
+                                                           layers for one batch
     ====================== =============================== ===================================
 
     Batches of equal shape keep memory low; a single one saves passes, and needs the memory of a
@@ -130,55 +130,65 @@ class _Pipeline:
 
     def _calibrate_block(self, index: int) -> None:
         block = self._chain[index][1]
-        references = self._float_pass(index)
         in_order = any(getattr(module, "sequential", False) for module in _pending(block))
         at_once = in_order and len(self._batches) == 1
+        # The block's float weights stay until it is done; the next blocks' are still the model's.
+        floats = _float_layers(block) if index <= self._last_followed else {}
         while pending := _pending(block):
             for number in range(len(self._batches)):
+                waiting = pending if in_order and not at_once else []
+                references = self._references(index, number, floats, waiting)
                 with ExitStack() as changes:
-                    for module in pending:
-                        if (module, number) in references:
-                            meant = references[module, number]
-                            changes.enter_context(attribute(module, "reference", meant))
-                        if at_once and hasattr(module, "quantized_at_once"):
-                            changes.enter_context(attribute(module, "quantized_at_once", True))
-                    if in_order and not at_once:
-                        changes.enter_context(_stopped_at_second_input(pending))
+                    changes.enter_context(_stopped_at_second_input(waiting))
+                    for module, meant in references.items():
+                        changes.enter_context(attribute(module, "reference", meant))
+                    if at_once:
+                        for module in pending:
+                            if hasattr(module, "quantized_at_once"):
+                                changes.enter_context(attribute(module, "quantized_at_once", True))
                     output = self._forward(number, index, self._outputs)
-            left = _pending(block)
-            if len(left) == len(pending):
+                references.clear()
+            if len(_pending(block)) == len(pending):
                 self._complain(block)
-            for module in pending:
-                if module.calibrated:
-                    for number in range(len(self._batches)):
-                        references.pop((module, number), None)
         for number in range(len(self._batches)):
             if not at_once:
                 output = self._forward(number, index, self._outputs)
             self._outputs[number] = output
+            if index < self._last_followed:
+                with _float(floats):
+                    self._plain[number] = self._forward(number, index, self._plain)
+        if index == self._last_followed:
+            self._plain.clear()
 
-    def _float_pass(self, index: int) -> dict[tuple[Any, int], Tensor]:
-        """Takes the float activations through a block.
+    def _references(
+        self, index: int, number: int, floats: _FloatLayers, waiting: Sequence[Any]
+    ) -> dict[Any, Tensor]:
+        """What layers that follow the float model would get from it for one batch.
+
+        They are computed anew for each batch: those of all batches together would be several
+        times the block's inputs.
+
+        Args:
+            index: the block's.
+            number: the batch's.
+            floats: the float layers of the block; none if nothing is to be followed.
+            waiting: layers of which only those on the first input are wanted.
 
         Returns:
-            The input of each layer of the block that wants it, by layer and batch. A layer that
-            was not called just once has none.
+            The input of each layer that is still to be calibrated. A layer that was not called
+            just once has none.
         """
-        references: dict[tuple[Any, int], Tensor] = {}
-        if index > self._last_followed:
-            self._plain.clear()
-            return references
         block = self._chain[index][1]
-        for number in range(len(self._batches)):
-            seen: dict[Any, list[Tensor]] = {module: [] for module in _followers(block)}
-            with ExitStack() as changes:
-                for module in _pending(block):
-                    changes.enter_context(_float(module))
-                for module, inputs in seen.items():
-                    changes.enter_context(watched(module, inputs.append))
-                self._plain[number] = self._forward(number, index, self._plain)
-            references |= {(m, number): x[0] for m, x in seen.items() if len(x) == 1}
-        return references
+        seen: dict[Any, list[Tensor]] = {module: [] for module in _followers(block)}
+        if not floats or not seen:
+            return {}
+        with ExitStack() as changes:
+            changes.enter_context(_float(floats))
+            changes.enter_context(_stopped_at_second_input(waiting))
+            for module, inputs in seen.items():
+                changes.enter_context(watched(module, inputs.append))
+            self._forward(number, index, self._plain)
+        return {module: inputs[0] for module, inputs in seen.items() if len(inputs) == 1}
 
     def _forward(self, number: int, index: int, outputs: list[Any]) -> Any:
         """What block `index` returns for a batch; None if the forward was stopped before.
@@ -234,15 +244,27 @@ def _followers(module: nn.Module) -> list[Any]:
     return [m for m in pending if hasattr(m, "reference")]
 
 
+# Layers under calibration and the float layers that they stand for.
+_FloatLayers = dict[Any, nn.Module]
+
+
+def _float_layers(block: nn.Module) -> _FloatLayers:
+    """The float layers of a block; none if it has no layer that follows the float model."""
+    return {m: m.ori_module for m in _pending(block)} if _followers(block) else {}
+
+
 @contextmanager
-def _float(module: Any) -> Iterator[None]:
-    """The layer computes its float output and nothing else."""
-    seen = module.batches_seen
+def _float(layers: _FloatLayers) -> Iterator[None]:
+    """The layers compute their float outputs and nothing else, calibrated or not."""
+    seen = {module: module.batches_seen for module in layers}
     try:
-        with forwarded(module, module.ori_module.forward):
+        with ExitStack() as changes:
+            for module, layer in layers.items():
+                changes.enter_context(forwarded(module, layer.forward))
             yield
     finally:
-        module.batches_seen = seen
+        for module, count in seen.items():
+            module.batches_seen = count
 
 
 @contextmanager

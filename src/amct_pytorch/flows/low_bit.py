@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from amct_pytorch.algorithms.finite import is_finite
 from amct_pytorch.config.low_bit import LayerRequest, LowBitConfig, parse_low_bit_config
 from amct_pytorch.config.low_bit_table import Row, find_row, nearest_rows
 from amct_pytorch.config.presets import PRESETS
@@ -26,7 +27,6 @@ from amct_pytorch.low_bit.base_module import BaseQuantizeModule
 from amct_pytorch.low_bit.built_in import BUILT_IN
 from amct_pytorch.low_bit.ledger import LayerOutcome, LowBitLedger
 from amct_pytorch.low_bit.registry import REGISTRY, Algorithm
-from amct_pytorch.low_bit.solution import is_finite
 from amct_pytorch.nn.wrapped import replace_modules
 
 DEFAULT_CONFIG = "INT8_MINMAX_WEIGHT_QUANT_CFG"

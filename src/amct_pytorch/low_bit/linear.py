@@ -8,12 +8,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from amct_pytorch.algorithms.finite import is_finite
 from amct_pytorch.config.low_bit import LayerRequest
 from amct_pytorch.errors import CalibrationError, ModelError
 from amct_pytorch.low_bit.base_module import BaseQuantizeModule
 from amct_pytorch.low_bit.deploy_conv import LowBitConv2d
 from amct_pytorch.low_bit.deploy_linear import LowBitLinear
-from amct_pytorch.low_bit.solution import LinearSolution, is_finite
+from amct_pytorch.low_bit.solution import LinearSolution
 from amct_pytorch.observers.statistics import Agreement, sample
 
 # About how many tokens the error of a layer is measured on where not on all.

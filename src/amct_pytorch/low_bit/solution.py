@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from amct_pytorch.formats import (
@@ -125,8 +124,3 @@ class LinearSolution:
         """The weight that stands for the float layer's, float32 [N, K]."""
         weight = self.weight.dequantize()
         return weight if self.divisor is None else weight / self.divisor
-
-
-def is_finite(x: Tensor) -> bool:
-    """Whether there is neither NaN nor infinity in `x`."""
-    return bool(torch.isfinite(x).all())
