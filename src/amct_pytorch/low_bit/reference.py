@@ -19,7 +19,7 @@ def reference_linear(layer: LowBitLinear, x: Tensor) -> Tensor:
     """y = Q_x(x / divisor) · Wᵀ + bias, computed in float32; y has the dtype of x.
 
     Where inputs and weights are integers with one scale per token and per channel, their
-    products are summed exactly, an integer bias is added, and the sum is scaled once.
+    products are summed exactly, an integer bias is added, and the sum takes both scales.
     """
     steps = divided(layer, x)
     inputs = layer.input_quantizer()
@@ -62,7 +62,7 @@ def scaled_sums(
     bias, weight_scale = buffers(layer, "bias", "scale")
     if bias is not None and not bias.is_floating_point():
         sums = sums.add_(bias)
-    y = sums.float().mul_(weight_scale.view(-1) * scale)
+    y = sums.float().mul_(scale).mul_(weight_scale.view(-1))
     return with_bias(layer, y).to(dtype)
 
 
