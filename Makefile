@@ -22,7 +22,8 @@ PY_DIRS := $(wildcard src tests examples benchmarks)
 
 .DEFAULT_GOAL := help
 .PHONY: help env test fuzz lint format types proto demo bench bench-peers bench-table \
-  bench-decomposition bench-finetune bench-flow bench-gptq bench-decode real-models kv-cache language-model clean distclean
+  bench-decomposition bench-finetune bench-flow bench-gptq bench-decode \
+  bench-low-bit-peers real-models kv-cache language-model clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -37,6 +38,7 @@ help:
 	@echo "make bench-decomposition, make bench-finetune    figures of tensor decomposition"
 	@echo "make bench-flow   time and memory of the flow on a network of ResNet-50's shape"
 	@echo "make bench-gptq   one GPTQ layer against the textbook loop"
+	@echo "make bench-low-bit-peers    SmolLM2-135M in int4 beside the tools that are installed"
 	@echo "make bench-decode  SmolLM2-135M generating text with low-bit weights: speed, memory"
 	@echo "make real-models  quantize a sentence encoder, waifu2x and a 3-D U-Net; check their figures"
 	@echo "make kv-cache     SmolLM2-135M with int8 KV caches: perplexity, memory, speed"
@@ -144,6 +146,9 @@ bench-flow: env
 
 bench-gptq: $(VENV)/.stamp-language
 	$(BIN)/python benchmarks/gptq.py --model
+
+bench-low-bit-peers: $(VENV)/.stamp-language
+	$(BIN)/python benchmarks/low_bit_peers.py
 
 bench-decode: $(VENV)/.stamp-language
 	$(BIN)/python benchmarks/low_bit_decode.py

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
+
+# With fewer than two workers it refuses to load a model, and on two cores it takes one.
+os.environ["GPTQMODEL_CPU_WORKERS"] = "2"
 
 from gptqmodel import BACKEND, GPTQModel, QuantizeConfig, __version__
 
