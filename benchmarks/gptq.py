@@ -20,6 +20,7 @@ os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 import torch
+from language_tokens import calibration_and_evaluation, load, perplexity
 from machine import describe
 from torch import Tensor, nn
 
@@ -99,9 +100,6 @@ def measured(call: Callable[[], object], runs: int) -> dict[str, float]:
 
 def model_row(weights: dict, algorithm: str, batches: int, by_blocks: bool) -> dict:
     """Perplexity, CPU seconds and peak memory of one way to quantize SmolLM2-135M."""
-    from language_model import load, perplexity
-    from language_tokens import calibration_and_evaluation
-
     model, tokenizer = load()
     calibration, evaluation = calibration_and_evaluation(tokenizer)
     batched = calibration.chunk(batches)
@@ -144,9 +142,6 @@ def peak_gb() -> float:
 
 
 def model_rows() -> dict[str, dict]:
-    from language_model import load, perplexity
-    from language_tokens import calibration_and_evaluation
-
     model, tokenizer = load()
     _, evaluation = calibration_and_evaluation(tokenizer)
     return {

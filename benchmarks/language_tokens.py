@@ -1,4 +1,7 @@
-"""Wikipedia text for SmolLM2-135M: what benchmarks calibrate on and what they evaluate on."""
+"""Wikipedia text for SmolLM2-135M: what benchmarks calibrate on and what they evaluate on.
+
+The loaders of the examples are found through here.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,9 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-from language_model import articles, windows
+from language_model import articles, load, perplexity, windows
+
+__all__ = ["articles", "calibration_and_evaluation", "load", "perplexity", "windows"]
 
 CALIBRATION, EVALUATION, LENGTH = 32, 16, 256
 

@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import json
 import resource
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from language_tokens import perplexity
 from torch import Tensor
 
 GROUP = 64
@@ -64,9 +64,6 @@ class Task:
     def finish(self, model: Any, version: str) -> None:
         """Evaluates the quantized model, and writes the report."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-        from language_model import perplexity
-
         report = {
             "perplexity": perplexity(model, self.tokens("evaluation")),
             "cpu_s": self.cpu_s,

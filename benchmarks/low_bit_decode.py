@@ -27,6 +27,7 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 import torch
 from contract import peak_mb
+from language_tokens import articles, load, windows
 from machine import describe
 from torch import Tensor, nn
 
@@ -35,7 +36,6 @@ import amct_pytorch as amct
 RESULTS = Path(__file__).parent / "results" / "low_bit_decode.json"
 README = Path(__file__).parent / "README.md"
 BEGIN, END = "<!-- decode: begin -->", "<!-- decode: end -->"
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 # Hidden, key and value, and feed-forward sizes; one block's products, [outputs, inputs].
 SHAPES = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]
@@ -147,9 +147,6 @@ def speeds(rounds: int) -> dict[str, dict[str, float]]:
 
 def loaded() -> tuple[nn.Module, Tensor]:
     """The float model, and PREFILL tokens of text, [1, PREFILL]."""
-    sys.path.insert(0, str(EXAMPLES))
-    from language_model import articles, load, windows
-
     model, tokenizer = load()
     return model, windows(tokenizer, articles(), 1, PREFILL)
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import machine
 import numpy as np
+from language_tokens import calibration_and_evaluation, load
 from peers import ENVIRONMENTS_FOLDER
 
 HERE = Path(__file__).resolve().parent
@@ -68,9 +69,6 @@ CONTENDERS = {
 
 def prepare() -> None:
     """Writes the float model and the tokens that all contenders read."""
-    from language_model import load
-    from language_tokens import calibration_and_evaluation
-
     model, tokenizer = load()
     calibration, evaluation = calibration_and_evaluation(tokenizer)
     WORK.mkdir(parents=True, exist_ok=True)
