@@ -22,7 +22,7 @@ PY_DIRS := $(wildcard src tests examples benchmarks)
 
 .DEFAULT_GOAL := help
 .PHONY: help env test fuzz lint format types proto demo bench bench-peers bench-table \
-  bench-decomposition bench-finetune bench-flow bench-gptq bench-decode \
+  bench-decomposition bench-finetune bench-flow bench-gptq bench-super-resolution bench-decode \
   bench-low-bit-peers real-models kv-cache language-model clean distclean
 .DELETE_ON_ERROR:
 
@@ -37,6 +37,7 @@ help:
 	@echo "make bench        run every contender whose environment is there; rewrite the table"
 	@echo "make bench-decomposition, make bench-finetune    figures of tensor decomposition"
 	@echo "make bench-flow   time and memory of the flow on a network of ResNet-50's shape"
+	@echo "make bench-super-resolution    waifu2x beside ONNX Runtime's own quantizer"
 	@echo "make bench-gptq   one GPTQ layer against the textbook loop"
 	@echo "make bench-low-bit-peers    SmolLM2-135M in int4 beside the tools that are installed"
 	@echo "make bench-decode  SmolLM2-135M generating text with low-bit weights: speed, memory"
@@ -152,6 +153,10 @@ bench-low-bit-peers: $(VENV)/.stamp-language
 
 bench-decode: $(VENV)/.stamp-language
 	$(BIN)/python benchmarks/low_bit_decode.py
+
+bench-super-resolution: env
+	$(PIP) install --quiet --no-deps --requirement examples/requirements-decomposition.txt
+	$(BIN)/python benchmarks/super_resolution.py
 
 bench-decomposition: env
 	$(PIP) install --quiet --no-deps tensorly==0.10.0 tensorly-torch==0.5.0 opt_einsum scipy

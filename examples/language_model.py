@@ -66,10 +66,23 @@ def windows(tokenizer: Any, texts: list[str], number: int, length: int) -> Tenso
     """The first tokens of some texts, each begun by `SEPARATOR`: int64 [number, length]."""
     tokens: list[int] = []
     for text in texts:
-        tokens += [SEPARATOR, *tokenizer(text)["input_ids"]]
+        tokens += _tokens(tokenizer, text)
         if len(tokens) >= number * length:
             break
     return torch.tensor(tokens[: number * length]).view(number, length)
+
+
+def spread_windows(tokenizer: Any, texts: list[str], number: int, length: int) -> Tensor:
+    """Windows at even distances over all of some texts: int64 [number, length].
+
+    To calibrate on, text of many kinds is worth more than as much of one article.
+    """
+    tokens = torch.tensor([token for text in texts for token in _tokens(tokenizer, text)])
+    return torch.stack([part[:length] for part in tokens.tensor_split(number)])
+
+
+def _tokens(tokenizer: Any, text: str) -> list[int]:
+    return [SEPARATOR, *tokenizer(text)["input_ids"]]
 
 
 @torch.inference_mode()

@@ -79,7 +79,9 @@ def main() -> None:
     float_model, tokenizer = language_model.load()
     texts = language_model.articles()
     half = len(texts) // 2
-    text = language_model.windows(tokenizer, texts[half:], options.calibration, options.length)
+    text = language_model.spread_windows(
+        tokenizer, texts[half:], options.calibration, options.length
+    )
     heldout = language_model.windows(tokenizer, texts[:half], options.evaluation, options.length)
 
     def perplexity(model: Any) -> float:

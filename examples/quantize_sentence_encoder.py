@@ -21,6 +21,7 @@ FOLDER = Path("outputs") / "sentence_encoder"
 CALIBRATION_TEXTS = 64
 GOAL = 0.02
 """Most that the correlation may differ from the float network's."""
+LIMIT = GOAL
 
 # Attention hangs on a few large values. Ranges of least mean squared error clip them, which costs
 # more than the finer steps gain, so here the ranges reach everything that calibration saw.

