@@ -38,7 +38,7 @@ help:
 	@echo "make bench-decomposition, make bench-finetune    figures of tensor decomposition"
 	@echo "make bench-flow   time and memory of the flow on a network of ResNet-50's shape"
 	@echo "make bench-super-resolution    waifu2x beside ONNX Runtime's own quantizer"
-	@echo "make bench-gptq   one GPTQ layer against the textbook loop"
+	@echo "make bench-gptq   one GPTQ layer against the textbook loop; SmolLM2-135M from end to end"
 	@echo "make bench-low-bit-peers    SmolLM2-135M in int4 beside the tools that are installed"
 	@echo "make bench-decode  SmolLM2-135M generating text with low-bit weights: speed, memory"
 	@echo "make real-models  quantize a sentence encoder, waifu2x and a 3-D U-Net; check their figures"
