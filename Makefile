@@ -22,8 +22,8 @@ PY_DIRS := $(wildcard src tests examples benchmarks)
 
 .DEFAULT_GOAL := help
 .PHONY: help env test fuzz lint format types proto demo bench bench-peers bench-table \
-  bench-decomposition bench-finetune bench-flow bench-gptq bench-super-resolution \
-  real-models kv-cache language-model clean distclean
+  bench-decomposition bench-finetune bench-flow bench-gptq bench-super-resolution bench-decode \
+  bench-low-bit-peers real-models kv-cache language-model clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -38,7 +38,9 @@ help:
 	@echo "make bench-decomposition, make bench-finetune    figures of tensor decomposition"
 	@echo "make bench-flow   time and memory of the flow on a network of ResNet-50's shape"
 	@echo "make bench-super-resolution    waifu2x beside ONNX Runtime's own quantizer"
-	@echo "make bench-gptq   one GPTQ layer against the textbook loop"
+	@echo "make bench-gptq   one GPTQ layer against the textbook loop; SmolLM2-135M from end to end"
+	@echo "make bench-low-bit-peers    SmolLM2-135M in int4 beside the tools that are installed"
+	@echo "make bench-decode  SmolLM2-135M generating text with low-bit weights: speed, memory"
 	@echo "make real-models  quantize a sentence encoder, waifu2x and a 3-D U-Net; check their figures"
 	@echo "make kv-cache     SmolLM2-135M with int8 KV caches: perplexity, memory, speed"
 	@echo "make language-model    the same model in few bits by every algorithm (half an hour)"
@@ -143,12 +145,18 @@ bench-flow: env
 	$(PIP) install --quiet --no-deps sympy mpmath
 	$(BIN)/python benchmarks/flow_costs.py
 
+bench-gptq: $(VENV)/.stamp-language
+	$(BIN)/python benchmarks/gptq.py --model
+
+bench-low-bit-peers: $(VENV)/.stamp-language
+	$(BIN)/python benchmarks/low_bit_peers.py
+
+bench-decode: $(VENV)/.stamp-language
+	$(BIN)/python benchmarks/low_bit_decode.py
+
 bench-super-resolution: env
 	$(PIP) install --quiet --no-deps --requirement examples/requirements-decomposition.txt
 	$(BIN)/python benchmarks/super_resolution.py
-
-bench-gptq: env
-	$(BIN)/python benchmarks/gptq.py
 
 bench-decomposition: env
 	$(PIP) install --quiet --no-deps tensorly==0.10.0 tensorly-torch==0.5.0 opt_einsum scipy

@@ -20,6 +20,7 @@ os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 import torch
+from language_tokens import calibration_and_evaluation, load, perplexity
 from machine import describe
 from torch import Tensor, nn
 
@@ -33,7 +34,6 @@ BEGIN, END = "<!-- gptq: begin -->", "<!-- gptq: end -->"
 SIZES = (1024, 4096)
 GROUP = 128
 SWEEPS = (0, 1)
-CALIBRATION, EVALUATION, LENGTH = 32, 16, 256
 GROUP_64 = {"type": "int4", "symmetric": False, "strategy": "group", "group_size": 64}
 CHANNEL = {"type": "int4", "symmetric": True, "strategy": "channel"}
 
@@ -100,10 +100,9 @@ def measured(call: Callable[[], object], runs: int) -> dict[str, float]:
 
 def model_row(weights: dict, algorithm: str, batches: int, by_blocks: bool) -> dict:
     """Perplexity, CPU seconds and peak memory of one way to quantize SmolLM2-135M."""
-    from language_model import perplexity, smollm2
-
-    model = smollm2()
-    batched = calibration_tokens().chunk(batches)
+    model, tokenizer = load()
+    calibration, evaluation = calibration_and_evaluation(tokenizer)
+    batched = calibration.chunk(batches)
     with torch.inference_mode():
         forward = measured(lambda: [model(x, use_cache=False) for x in batched], 1)["cpu_s"]
     config = {
@@ -128,7 +127,7 @@ def model_row(weights: dict, algorithm: str, batches: int, by_blocks: bool) -> d
         "peak_gb_before": before,
     }
     use_reference_kernels(amct.convert(model))
-    return row | {"perplexity": perplexity(model, evaluation_tokens())}
+    return row | {"perplexity": perplexity(model, evaluation)}
 
 
 def use_reference_kernels(model: nn.Module) -> None:
@@ -138,32 +137,15 @@ def use_reference_kernels(model: nn.Module) -> None:
             module.backend = "reference"
 
 
-def evaluation_tokens() -> Tensor:
-    from language_model import windows
-
-    return windows(EVALUATION, LENGTH)
-
-
-def calibration_tokens() -> Tensor:
-    """Windows at even distances from the articles behind the first."""
-    from language_model import token_stream
-
-    stream = token_stream()
-    begins = (stream == 0).nonzero().flatten()
-    others = stream[int(begins[1]) :]
-    step = len(others) // CALIBRATION
-    return torch.stack([others[i * step : i * step + LENGTH] for i in range(CALIBRATION)])
-
-
 def peak_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def model_rows() -> dict[str, dict]:
-    from language_model import perplexity, smollm2
-
+    model, tokenizer = load()
+    _, evaluation = calibration_and_evaluation(tokenizer)
     return {
-        "float": {"perplexity": perplexity(smollm2(), evaluation_tokens())},
+        "float": {"perplexity": perplexity(model, evaluation)},
         "g64 nearest": model_row(GROUP_64, "minmax", 1, False),
         "g64 gptq": model_row(GROUP_64, "gptq", 4, False),
         "g64 gptq by blocks": model_row(GROUP_64, "gptq", 1, True),

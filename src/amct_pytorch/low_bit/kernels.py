@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import functools
+import math
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from amct_pytorch.formats import IntFormat
 from amct_pytorch.low_bit import int4_layout
-from amct_pytorch.low_bit.reference import divided, reference_linear, scaled_sums, with_bias
+from amct_pytorch.low_bit.reference import (
+    buffers,
+    divided,
+    reference_linear,
+    scaled_sums,
+    with_bias,
+)
 
 if TYPE_CHECKING:
     from amct_pytorch.low_bit.deploy_linear import LowBitLinear
@@ -76,20 +84,24 @@ class Int8WeightCpu(Kernel):
         )
 
     def prepare(self, layer: LowBitLinear) -> None:
-        """Moves codes that lie where the kernel would crash, as in a file mapped into memory."""
-        super().prepare(layer)
+        """Moves codes that lie where the kernel would crash, as in a file mapped into memory.
+
+        `kernel_factors` are the scales as one row, [N] or [1].
+        """
         layer.packed = _aligned(layer.packed)
+        layer.kernel_factors = layer.scale.view(-1)
 
     def run(self, layer: LowBitLinear, x: Tensor) -> Tensor:
         """y = (x · Qᵀ - offset Σ x) · scale + bias."""
         if x.numel() > FEW_TOKENS * layer.in_features:
             return reference_linear(layer, x)
+        packed, factors, offset = buffers(layer, "packed", "kernel_factors", "offset")
         tokens = _bfloat16_tokens(layer, x)
-        sums = torch._weight_int8pack_mm(tokens, layer.packed, _ones(layer.out_features))
-        if layer.offset is not None:
+        sums = torch._weight_int8pack_mm(tokens, packed, _ones(layer.out_features)).float()
+        if offset is not None:
             total = tokens.sum(-1, keepdim=True, dtype=torch.float32)
-            sums = sums - total * layer.offset.view(-1)
-        return _finished(layer, sums * layer.scale.view(-1), x)
+            sums -= total * offset.view(-1)
+        return _finished(layer, sums.mul_(factors), x)
 
 
 class Int4WeightCpu(Kernel):
@@ -139,6 +151,8 @@ class Int4WeightCpu(Kernel):
             shift = -weight.offset.view(-1).expand(shape)
             factors = torch.stack((torch.ones_like(shift), shift), -1)
             layer.kernel_factors = factors.bfloat16().contiguous()
+        else:
+            layer.kernel_factors = _unit_factors(layer.in_features // group, layer.out_features)
         layer.packed = int4_layout.to_kernel(weight.codes)
 
     def canonical(self, layer: LowBitLinear) -> Tensor:
@@ -148,14 +162,12 @@ class Int4WeightCpu(Kernel):
 
     def run(self, layer: LowBitLinear, x: Tensor) -> Tensor:
         """y = x · Wᵀ, scaled where the kernel has not done it, + bias."""
-        group = self.group(layer)
-        factors = layer.kernel_factors
-        if factors is None:
-            factors = _unit_factors(layer.in_features // group, layer.out_features)
+        packed, factors = buffers(layer, "packed", "kernel_factors")
         tokens = _bfloat16_tokens(layer, x)
-        y = torch._weight_int4pack_mm_for_cpu(tokens, layer.packed, group, factors)
+        group = layer.in_features // len(factors)
+        y = torch._weight_int4pack_mm_for_cpu(tokens, packed, group, factors)
         if layer.spec.weight.strategy != "group":
-            y = y * layer.scale.view(-1)
+            y = y.float().mul_(layer.scale.view(-1))
         return _finished(layer, y, x)
 
 
@@ -184,18 +196,64 @@ class IntegerProduct(Kernel):
 
     def run(self, layer: LowBitLinear, x: Tensor) -> Tensor:
         """y = (Q_x · Qᵀ + shift + bias) · scales; rows with NaN give NaN."""
-        inputs = layer.input_quantizer()
-        assert inputs is not None
-        steps = divided(layer, x).reshape(-1, layer.in_features)
-        scale, offset = inputs.scales(steps)
-        rounded = (steps / scale).round_().add_(0 if offset is None else offset)
-        integers = inputs.fmt.encode(rounded)
-        sums = _int_mm(integers, layer.codes().t())
-        if layer.kernel_factors is not None:
-            sums = sums.add_(layer.kernel_factors)
+        tokens = divided(layer, x).reshape(-1, layer.in_features)
+        if len(tokens) == 1 and x.device.type == "cpu":
+            found: tuple[Tensor, Tensor | float] | None = _one_token(layer, tokens)
+            if found is None:
+                return reference_linear(layer, x)
+        else:
+            found = _tokens(layer, tokens)
+        integers, scale = found
+        packed, factors = buffers(layer, "packed", "kernel_factors")
+        codes = packed if layer.spec.weight.format.bits == 8 else layer.codes()
+        sums = _int_mm(integers, codes.t())
+        if factors is not None:
+            sums = sums.add_(factors)
         y = scaled_sums(layer, sums, scale, x.dtype)
-        y = y.masked_fill(steps.isnan().any(-1, keepdim=True), torch.nan)
         return y.view(*x.shape[:-1], layer.out_features)
+
+
+def _tokens(layer: LowBitLinear, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs [M, K] as int8, and their scale, [1] or [M, 1]; NaN for tokens that hold NaN."""
+    inputs = layer.input_quantizer()
+    assert inputs is not None
+    scale, offset = inputs.scales(tokens)
+    fmt = _input_format(layer)
+    rounded = (tokens / scale).round_()
+    if offset is not None:
+        rounded.add_(offset)
+    rounded.clamp_(fmt.qmin, fmt.qmax)
+    # NaN for a token that holds NaN, or infinity and has a scale of its own; 0 for all others.
+    spoilt = rounded.sum(-1, keepdim=True).mul_(0)
+    return rounded.nan_to_num_(nan=0.0).to(torch.int8), scale + spoilt
+
+
+def _input_format(layer: LowBitLinear) -> IntFormat:
+    inputs = layer.spec.inputs
+    assert inputs is not None and isinstance(inputs.format, IntFormat)
+    return inputs.format
+
+
+def _one_token(layer: LowBitLinear, token: Tensor) -> tuple[Tensor, float | Tensor] | None:
+    """The same for one token [1, K]; None if it has no usable scale, or holds NaN.
+
+    A dozen tensor operations on one number cost as much as the product: Python does them here.
+    """
+    fmt = _input_format(layer)
+    scale, offset = buffers(layer, "input_scale", "input_offset")
+    if scale is None:
+        low, high = torch.aminmax(token)
+        found = fmt.symmetric_scale(float(low), float(high))
+        if not math.isfinite(found):
+            return None
+        return (token / found).round_().clamp_(fmt.qmin, fmt.qmax).to(torch.int8), found
+    rounded = (token / scale).round_()
+    if offset is not None:
+        rounded.add_(offset)
+    rounded.clamp_(fmt.qmin, fmt.qmax)
+    if math.isnan(float(rounded.sum())):
+        return None
+    return rounded.to(torch.int8), scale
 
 
 def _int_mm(a: Tensor, b: Tensor) -> Tensor:
@@ -220,8 +278,8 @@ def _int_mm_is_exact(device: torch.device) -> bool:
 
 
 def _bfloat16_tokens(layer: LowBitLinear, x: Tensor) -> Tensor:
-    tokens = x if layer.divisor is None else divided(layer, x)
-    return _aligned(tokens.reshape(-1, layer.in_features).bfloat16().contiguous())
+    tokens = divided(layer, x).bfloat16().reshape(-1, layer.in_features)
+    return _aligned(tokens.contiguous())
 
 
 def _aligned(x: Tensor) -> Tensor:

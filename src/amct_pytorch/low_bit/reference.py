@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ def reference_linear(layer: LowBitLinear, x: Tensor) -> Tensor:
     """y = Q_x(x / divisor) · Wᵀ + bias, computed in float32; y has the dtype of x.
 
     Where inputs and weights are integers with one scale per token and per channel, their
-    products are summed exactly, an integer bias is added, and the sum is scaled once.
+    products are summed exactly, an integer bias is added, and the sum takes both scales.
     """
     steps = divided(layer, x)
     inputs = layer.input_quantizer()
@@ -44,26 +44,35 @@ def reference_linear(layer: LowBitLinear, x: Tensor) -> Tensor:
 
 def divided(layer: LowBitLinear, x: Tensor) -> Tensor:
     """The input in units of the divisor, float32."""
-    return x.float() if layer.divisor is None else x.float() / layer.divisor
+    (divisor,) = buffers(layer, "divisor")
+    return x.float() if divisor is None else x.float() / divisor
 
 
-def scaled_sums(layer: LowBitLinear, sums: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def scaled_sums(
+    layer: LowBitLinear, sums: Tensor, scale: Tensor | float, dtype: torch.dtype
+) -> Tensor:
     """Real outputs from sums of integer products.
 
     Args:
         layer: the layer; its weights have one scale for each channel, or one.
         sums: integers of any dtype that holds them exactly, [..., N], changed.
-        scale: of the inputs, [1] or [..., 1].
+        scale: of the inputs, [1] or [..., 1], or a float32 number.
         dtype: of the result.
     """
-    if layer.bias is not None and not layer.bias.is_floating_point():
-        sums = sums.add_(layer.bias)
-    y = sums.float() * (scale * layer.scale.view(-1))
+    bias, weight_scale = buffers(layer, "bias", "scale")
+    if bias is not None and not bias.is_floating_point():
+        sums = sums.add_(bias)
+    y = sums.float().mul_(scale).mul_(weight_scale.view(-1))
     return with_bias(layer, y).to(dtype)
 
 
 def with_bias(layer: LowBitLinear, y: Tensor) -> Tensor:
     """`y` plus the bias, where that is a floating one."""
-    if layer.bias is None or not layer.bias.is_floating_point():
-        return y
-    return y + layer.bias
+    (bias,) = buffers(layer, "bias")
+    return y if bias is None or not bias.is_floating_point() else y + bias
+
+
+def buffers(layer: LowBitLinear, *names: str) -> list[Any]:
+    """Buffers by their names: `nn.Module` finds one as slowly as torch adds two short rows."""
+    held = layer._buffers
+    return [held[name] for name in names]

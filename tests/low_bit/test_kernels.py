@@ -1,0 +1,120 @@
+"""Kernels against the reference: one token and several, and inputs that are no numbers."""
+
+import pytest
+import torch
+from torch import nn
+
+import amct_pytorch as amct
+from amct_pytorch.formats import FORMATS
+from amct_pytorch.low_bit.kernels import BFLOAT16_TOLERANCE
+
+INT8 = {"type": "int8", "symmetric": True, "strategy": "channel"}
+BY_TOKEN = {"type": "int8", "symmetric": True, "strategy": "token"}
+BY_TENSOR = {"type": "int8", "symmetric": True, "strategy": "tensor"}
+
+
+def converted(weights, inputs=None, bias=True):
+    """A quantized layer of 64 outputs and 96 inputs."""
+    torch.manual_seed(11)
+    net = nn.Sequential(nn.Linear(96, 64, bias=bias))
+    blocks = {"weights": weights} | ({} if inputs is None else {"inputs": inputs})
+    amct.quantize(net, {"quant_cfg": blocks, "algorithm": "minmax"})
+    with torch.no_grad():
+        net(torch.randn(4, 96) + 0.3)
+    amct.convert(net)
+    return net[0]
+
+
+def both(layer, x):
+    """The output by a kernel, whose name is not the reference's, and by the reference."""
+    with torch.inference_mode():
+        layer.backend = "auto"
+        fast = layer(x)
+        assert layer.kernel != "reference"
+        layer.backend = "reference"
+        return fast, layer(x)
+
+
+def hostile_tokens():
+    """Ordinary inputs, and those at which scales or rounding are special."""
+    x = torch.randn(8, 96)
+    x[1] = 0
+    x[2] *= 1e-12  # below the smallest scale
+    x[3] = x[3].abs()
+    x[4] = -x[4].abs()
+    x[5] *= 1e30
+    x[6, :] = torch.arange(96) - 48.5  # halves: ties under a scale of one
+    x[7] = x[7].clamp(-1, 1)
+    x[7, 0], x[7, 1] = 1.0, -1.0  # both ends alike
+    return x
+
+
+@pytest.mark.parametrize("weights", [INT8, {**INT8, "type": "int4"}], ids=["int8", "int4"])
+@pytest.mark.parametrize(
+    "inputs",
+    [BY_TOKEN, BY_TENSOR, {**BY_TENSOR, "symmetric": False}],
+    ids=["token", "tensor", "tensor with offset"],
+)
+def test_integer_products_of_one_token_are_those_of_the_reference(weights, inputs):
+    layer = converted(weights, inputs)
+    x = hostile_tokens()
+    for token in x:
+        fast, plain = both(layer, token.view(1, 1, -1))
+        assert torch.equal(fast, plain)
+    fast, plain = both(layer, x)
+    assert torch.equal(fast, plain)
+
+
+@pytest.mark.parametrize("inputs", [BY_TOKEN, BY_TENSOR], ids=["token", "tensor"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_what_is_no_number_spoils_its_token_only(inputs, value, tokens):
+    layer = converted(INT8, inputs)
+    x = torch.randn(tokens, 96)
+    x[0, 5] = value
+    fast, plain = both(layer, x)
+    assert torch.equal(fast.isnan(), plain.isnan())
+    assert torch.equal(fast.nan_to_num(), plain.nan_to_num())
+    # A static scale has an end for infinity.
+    assert bool(fast[0].isnan().all()) == (inputs is BY_TOKEN or value != value)
+    assert not fast[1:].isnan().any()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(
+    "weights",
+    [
+        {"type": "int8", "strategy": "channel"},
+        {"type": "int8", "strategy": "tensor"},
+        {"type": "int4", "strategy": "channel"},
+        {"type": "int4", "strategy": "tensor"},
+        {"type": "int4", "strategy": "group", "group_size": 32},
+    ],
+    ids=lambda weights: f"{weights['type']} {weights['strategy']}",
+)
+def test_weight_only_is_near_the_reference(weights, symmetric, bias):
+    layer = converted({**weights, "symmetric": symmetric}, bias=bias)
+    for x in (torch.randn(1, 1, 96), torch.randn(3, 5, 96), torch.randn(5, 96)[1:2, :]):
+        fast, plain = both(layer, x)
+        assert fast.shape == (*x.shape[:-1], 64) and fast.dtype == x.dtype
+        magnitudes = x.abs() @ layer.weight.abs().T
+        if layer.bias is not None:
+            magnitudes += layer.bias.abs()
+        assert ((fast - plain).abs() <= BFLOAT16_TOLERANCE * magnitudes).all()
+
+
+def test_scale_of_one_range_is_that_of_factors():
+    fmt = FORMATS["int8"]
+    torch.manual_seed(12)
+    size = 2.0 ** torch.randint(-40, 100, (4000,))
+    lo, hi = -torch.rand(4000) * size, torch.rand(4000) * size
+    lo[:500], hi[500:1000], lo[1000:1500] = 0, 0, -hi[1000:1500]
+    lo[1500:2000], hi[2000:2100] = hi[1500:2000] / 2, lo[2000:2100] / 2
+    # Quotients to either side of the smallest scale.
+    edge = 127 * 2.0**-23
+    hi[2100:2400] = edge * (1 + torch.arange(-150, 150) * 2.0**-24)
+    lo[2100:2400] = 0
+    expected, _ = fmt.factors(lo, hi, symmetric=True)
+    found = [fmt.symmetric_scale(a, b) for a, b in zip(lo.tolist(), hi.tolist(), strict=True)]
+    assert torch.equal(torch.tensor(found), expected)
