@@ -123,6 +123,8 @@ def build(errors: dict[str, LayerErrors], widened: dict[str, int], corrects: boo
         corrects,
         ("rare",),
         {},
+        {},
+        {},
     )
     return calibration_ledger(graph, config, {"conv": "bn"}, {}, result, {"x": 0.123456})
 
