@@ -18,6 +18,7 @@ from amct_pytorch.low_bit.gptq import GptqOptions
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+AUTO_CALIBRATION_GUIDE = ROOT / "docs" / "auto_calibration.md"
 DECOMPOSITION_GUIDE = ROOT / "docs" / "decomposition.md"
 FORMATS_GUIDE = ROOT / "docs" / "formats.md"
 GPTQ_GUIDE = ROOT / "docs" / "gptq.md"
@@ -144,3 +145,12 @@ def test_the_script_of_the_quantize_guide_runs(tmp_path, monkeypatch):
         assert torch.equal(names["again"](batch), names["model"](batch))
     told = [entry.weights for entry in names["model"].amct_ledger.layers]
     assert told == ["int4 by group of 64, asymmetric", "int8 by channel"]
+
+
+def test_the_script_of_the_search_guide_runs(tmp_path, monkeypatch):
+    script = re.search(r"```python\n(.*?)```", AUTO_CALIBRATION_GUIDE.read_text(), re.DOTALL)
+    assert script is not None
+    monkeypatch.chdir(tmp_path)
+    exec(compile(script.group(1), str(AUTO_CALIBRATION_GUIDE), "exec"), {})
+    record = json.loads(Path("out/accuracy_based_auto_calibration_record.json").read_text())
+    assert record["trials"][-1]["accepted"] == Path("out/net_deploy_model.onnx").exists()

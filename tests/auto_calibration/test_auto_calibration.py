@@ -190,6 +190,32 @@ def test_an_interrupted_search_goes_on_and_ends_alike():
     assert len(again.evaluated) == 1 + len(trials) - 2
 
 
+def test_another_target_judges_the_same_trials_anew():
+    plain = levels()
+    search(Evaluator(plain - 1))
+    assert len(read("record")["trials"]) == 1
+    evaluator = Evaluator(plain + 6)
+    search(evaluator)
+    trials = read("record")["trials"]
+    assert trials[0]["accepted"] is False
+    assert len(evaluator.evaluated) == len(trials)  # the first one is known, the float model not
+
+
+def test_metrics_that_no_file_holds_are_evaluated_again():
+    class Pairs(Evaluator):
+        def evaluate(self, model):
+            return (super().evaluate(model), "dB")
+
+        def metric_eval(self, original_metric, new_metric):
+            assert isinstance(new_metric, tuple)
+            return super().metric_eval(original_metric[0], new_metric[0])
+
+    search(Pairs(-100.0))
+    evaluator = Pairs(-100.0)
+    search(evaluator)
+    assert len(evaluator.evaluated) == 2
+
+
 def test_trials_of_another_search_do_not_count():
     search(Evaluator(-100.0))
     other = network()

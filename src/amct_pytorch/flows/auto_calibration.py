@@ -263,25 +263,33 @@ class _Search:
     def _try(self, kept: frozenset[str]) -> tuple[bool, float]:
         """Evaluates the model with some layers quantized, unless an earlier run did."""
         rolled_back = [name for name in self._result.operands if name not in kept]
-        for trial in (*self._trials, *self._known):
+        for trial in self._trials:
             if trial["rolled_back"] == rolled_back:
-                if trial not in self._trials:
-                    logger.info("trial with %d layers in float: known", len(rolled_back))
-                    self._trials.append(trial)
                 return bool(trial["accepted"]), float(trial["loss"])
+        known = next((t for t in self._known if t["rolled_back"] == rolled_back), None)
+        if known is not None:
+            logger.info("trial with %d layers in float: known", len(rolled_back))
+            return self._judge(rolled_back, known["metric"])
         self._activate(kept)
         started = time.perf_counter()
         metric = self._evaluator.evaluate(self._prepared.model)
-        verdict = self._evaluator.metric_eval(self._original, metric)
-        accepted, loss = _checked_verdict(verdict)
-        logger.info(
-            "trial with %d layers in float: metric %s, lost %g, %s, %.1f s",
-            len(rolled_back), metric, loss, "accepted" if accepted else "not enough",
-            time.perf_counter() - started,
-        )  # fmt: skip
-        told = metric if isinstance(metric, (int, float, str)) else repr(metric)
+        seconds = time.perf_counter() - started
+        logger.info("trial with %d layers in float: %.1f s", len(rolled_back), seconds)
+        return self._judge(rolled_back, metric)
+
+    def _judge(self, rolled_back: list[str], metric: Any) -> tuple[bool, float]:
+        """The evaluator's verdict on a metric, which may be an earlier run's; keeps the trial."""
+        accepted, loss = _checked_verdict(self._evaluator.metric_eval(self._original, metric))
+        logger.info("metric %s: %s, lost %g", metric, "accepted" if accepted else "rejected", loss)
+        exact = _survives_json(metric)
         self._trials.append(
-            {"rolled_back": rolled_back, "metric": told, "accepted": accepted, "loss": loss}
+            {
+                "rolled_back": rolled_back,
+                "metric": metric if exact else repr(metric),
+                "exact": exact,
+                "accepted": accepted,
+                "loss": loss,
+            }
         )
         self._write_trials()
         return accepted, loss
@@ -346,8 +354,8 @@ class _Search:
                 trial
                 for trial in found["trials"]
                 if isinstance(trial["rolled_back"], list)
-                and isinstance(trial["accepted"], bool)
-                and isinstance(trial["loss"], (int, float))
+                and trial["exact"] is True
+                and "metric" in trial
             ]
         except (OSError, ValueError, KeyError, TypeError):
             return []
@@ -356,13 +364,21 @@ class _Search:
     def _write_trials(self) -> None:
         content = {
             "float_metric": self._original
-            if isinstance(self._original, (int, float, str))
+            if _survives_json(self._original)
             else repr(self._original),
             "factors": self._identity,
             "trials": self._trials,
         }
         text = json.dumps(content, indent=4)
         write_whole(self._files.trials, text.encode(), what="save_dir", announce=False)
+
+
+def _survives_json(value: Any) -> bool:
+    """Whether a value comes out of a JSON file as it went in."""
+    try:
+        return bool(json.loads(json.dumps(value, allow_nan=False)) == value)
+    except (TypeError, ValueError):
+        return False
 
 
 def _check_instance(value: Any, base: type, what: str, names: Mapping[str, type]) -> Any:
