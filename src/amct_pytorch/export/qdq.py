@@ -48,7 +48,8 @@ def deploy_to_qdq(deploy_model_file: PathLike, save_file: PathLike) -> None:
 
     On x86 processors without VNNI (or AMX), ONNX Runtime by default adds pairs of u8 x int8
     products in 16 bits and saturates, which can ruin the result (EfficientNet-Lite0: 9 dB in
-    place of 25). There, set this on the session; it costs about a third of the speed::
+    place of 25). There, and only there, set this on the session; it costs about a third of the
+    speed, and more than half on processors that do not need it::
 
         options = onnxruntime.SessionOptions()
         options.add_session_config_entry("session.x64quantprecision", "1")
