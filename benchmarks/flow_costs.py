@@ -219,6 +219,7 @@ def markdown(document: dict[str, Any]) -> str:
         exact = speed.get(f"{name}_int8_speed_up")
         clipping = speed[f"{name}_int8_clipping_speed_up"]
         speeds.append((label, f"{exact:.2f}" if exact else table.ABSENT, f"{clipping:.2f}"))
+    columns = ("int8 over float, batch 1", "exact kernels", "ONNX Runtime's default kernels")
     header = ("step", *(f"{n} batches of 8: CPU s (× float passes)" for n in (2, 16)))
     return "\n\n".join(
         [
