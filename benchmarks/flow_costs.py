@@ -225,10 +225,7 @@ def markdown(document: dict[str, Any]) -> str:
         [
             f"CPU: {document['machine']['cpu']}; one thread; one run of each.",
             table.lines(header, rows),
-            table.lines(
-                ("int8 over float, batch 1", "exact kernels", "ONNX Runtime's default kernels"),
-                speeds,
-            ),
+            table.lines(columns, speeds),
         ]
     )
 
