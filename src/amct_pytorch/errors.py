@@ -54,7 +54,8 @@ class ExportError(AmctError, RuntimeError):
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     """`` (did you mean 'x'?)`` with the nearest of `candidates`, or an empty string."""
     close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    # Equal only in letters: the text "false" where false is allowed.
+    return f" (did you mean {close[0]!r}?)" if close and close[0] != name else ""
 
 
 def shown(value: object) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from amct_pytorch.errors import ModelError, RecordError
+from amct_pytorch.errors import ArgumentTypeError, ModelError, RecordError
 from amct_pytorch.files import PathLike
 from amct_pytorch.formats import INT8
 from amct_pytorch.nn.module.quantization.quant_calibration_op import QuantCalibrationOp
@@ -45,21 +45,28 @@ class CalibratingCache(Cache):
     """A cache that lets an operator observe what is put into it.
 
     Use a new one, with the same operator, for each batch; after the operator's `batch_num`
-    updates of a layer, that layer's factors are in the operator's record.
+    updates of a layer, that layer's factors are in the operator's record. An update is a forward
+    pass: in ``generate`` the prompt is one, and each further token another.
 
     Args:
         config: the model's config.
         operator: observes keys and values [batch, tokens, heads * dim], under `key_name` and
             `value_name`.
-        attention_mask: [batch, tokens], 0 where a token is padding; None: no padding.
+        attention_mask: [batch, tokens], 0 where a token is padding; None: no padding. The mask
+            that the model's forward is given does not reach its cache.
 
     Raises:
+        ArgumentTypeError: `config` or `operator` is something else.
         ModelError: the model does not have full attention in every layer.
     """
 
     def __init__(
         self, config: Any, operator: QuantCalibrationOp, attention_mask: Tensor | None = None
     ) -> None:
+        if not isinstance(operator, QuantCalibrationOp):
+            raise ArgumentTypeError(
+                f"operator is of type {type(operator).__name__}; allowed is QuantCalibrationOp"
+            )
         number = _number_of_layers(config)
         layers = [_CalibratingLayer(i, operator, attention_mask) for i in range(number)]
         super().__init__(layers=layers)
@@ -165,6 +172,10 @@ def _check_channels(name: str, factors: KvFactors, channels: int) -> None:
 
 
 def _number_of_layers(config: Any) -> int:
+    if not hasattr(config, "get_text_config"):
+        raise ArgumentTypeError(
+            f"config is of type {type(config).__name__}; allowed is that of a model, model.config"
+        )
     decoder = config.get_text_config(decoder=True)
     kinds = set(getattr(decoder, "layer_types", None) or ())
     if getattr(decoder, "sliding_window", None) is not None and not kinds:

@@ -6,12 +6,12 @@ import sys
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import amct_pytorch as amct
-from amct_pytorch.errors import ArgumentTypeError, FileMissingError, ModelError
+from amct_pytorch.errors import ArgumentTypeError, FileAccessError, FileMissingError, ModelError
 from amct_pytorch.low_bit.deploy_linear import LowBitLinear
 
 NETWORK = '''
@@ -202,6 +202,26 @@ def test_spoiled_files_are_told(tmp_path):
     save_file(tensors, path, {**metadata, "amct.low_bit_layers": json.dumps(layers)})
     with pytest.raises(ModelError, match="up: the model has Linear"):
         amct.load_converted(Tied(), path)
+
+
+def test_files_have_the_permissions_of_others_and_errors_name_them(tmp_path, monkeypatch):
+    net, _ = converted()
+    path, other = tmp_path / "net.safetensors", tmp_path / "other"
+    amct.save_converted(net, path)
+    other.touch()
+    assert path.stat().st_mode == other.stat().st_mode
+    with pytest.raises(ModelError, match="up is converted already; give a float model"):
+        amct.load_converted(net, path)
+    with pytest.raises(FileAccessError, match="is a folder; allowed: a file"):
+        amct.load_converted(Tied(), tmp_path)
+
+    def full(*_):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("amct_pytorch.flows.converted_files.save_file", full)
+    with pytest.raises(FileAccessError, match=r"net\.safetensors': No space left"):
+        amct.save_converted(net, path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["net.safetensors", "other"]
 
 
 def test_what_cannot_be_saved_is_told(tmp_path):

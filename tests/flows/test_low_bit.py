@@ -17,8 +17,8 @@ from amct_pytorch.errors import (
     ConfigError,
     ModelError,
 )
+from amct_pytorch.flows.low_bit import REGISTRY  # with the built-in algorithms
 from amct_pytorch.low_bit.deploy_linear import LowBitLinear
-from amct_pytorch.low_bit.registry import REGISTRY
 
 W8 = {"weights": {"type": "int8"}}
 
@@ -388,6 +388,39 @@ def test_a_name_registered_again_is_overridden_with_a_warning(net, registry, cap
     assert "algorithm 'minmax' for Linear was MinMaxLinear and is now Negated" in caplog.text
     amct.quantize(net, config())
     assert type(net.lm_head) is Negated
+
+
+class OneDeploy(nn.Module):
+    def __init__(self, quant_module):
+        super().__init__()
+        self.bias = quant_module.ori_module.bias
+
+    def forward(self, x):
+        return x
+
+
+class OtherDeploy(OneDeploy):
+    pass
+
+
+def test_two_algorithms_may_share_a_quantize_module(net, registry):
+    amct.algorithm_register("one", "Conv1d", Negated, OneDeploy)
+    amct.algorithm_register("two", "Conv1d", Negated, OtherDeploy)
+    amct.algorithm_register("three", "Conv1d", Negated)
+    for name, meant in (("one", OneDeploy), ("two", OtherDeploy), ("three", Negated)):
+        copied = copy.deepcopy(net)
+        amct.quantize(copied, config(algorithm=name))
+        calibrate(copied)
+        assert type(amct.convert(copied).conv) is meant
+
+
+def test_a_refused_combination_is_told_once_with_its_layers_and_what_is_allowed(net):
+    with pytest.raises(ConfigError) as caught:
+        amct.quantize(net, config(algorithm="smoothquant"))
+    text = str(caught.value)
+    assert text.count("not allowed together") == 1
+    assert "layers.0.up, layers.0.down, layers.1.up and 2 more layers: not allowed" in text
+    assert "inputs int8 (token, symmetric); by minmax, smoothquant" in text
 
 
 def test_attributes_of_the_base_class_are_none_until_set():

@@ -166,8 +166,17 @@ def find_row(wanted: Combination) -> Row | None:
 
 
 def nearest_rows(wanted: Combination) -> Sequence[Row]:
-    """The rows that say best what is allowed instead: of the same formats, else of one of them."""
-    of_weight = [row for row in ROWS if row.weight == wanted.weight and row.layer == wanted.layer]
-    of_both = [row for row in of_weight if row.activation == wanted.activation]
-    of_weight = of_weight or [row for row in ROWS if row.weight == wanted.weight]
-    return of_both or of_weight or [row for row in ROWS if row.layer == wanted.layer] or ROWS
+    """The rows that say best what is allowed instead.
+
+    Of the same formats, and of the same algorithm with the same weights; else of one of them.
+    """
+    of_layer = [row for row in ROWS if row.layer == wanted.layer]
+    near = [
+        row
+        for row in of_layer
+        if row.weight == wanted.weight
+        and (row.activation == wanted.activation or wanted.algorithm in row.algorithms)
+    ]
+    of_weight = [row for row in of_layer if row.weight == wanted.weight]
+    of_algorithm = [row for row in of_layer if wanted.algorithm in row.algorithms]
+    return near or of_weight or of_algorithm or of_layer or ROWS

@@ -80,6 +80,13 @@ def calibrate_blocks(
     """
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(f"model is a {type(model).__name__}; allowed is torch.nn.Module")
+    if isinstance(inputs, Tensor | str | bytes | Mapping) or not isinstance(inputs, Iterable):
+        raise ArgumentTypeError(
+            f"inputs is a {type(inputs).__name__}; allowed is a list, or anything to iterate over, "
+            "with a batch in each entry"
+        )
+    if not isinstance(follow_float, bool):
+        raise ArgumentTypeError(f"follow_float is {follow_float!r}; allowed are True and False")
     batches = list(inputs)
     if not batches:
         raise ArgumentValueError("inputs has no batch; give at least one")

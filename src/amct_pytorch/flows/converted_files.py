@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -57,9 +58,9 @@ def save_converted(model: nn.Module, file: PathLike) -> None:
             layers[name] = {"type": "Linear", **module.spec.as_dict()}
         elif isinstance(module, LowBitConv2d):
             layers[name] = {"type": "Conv2d", **module.structure()}
+    _check_own_layers(model, layers)
     if not layers:
         raise ModelError("the model has no deploy layer; call quantize, calibrate and convert it")
-    _check_own_layers(model, layers)
     check_writable(file, "file")
     tensors: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
@@ -73,7 +74,18 @@ def save_converted(model: nn.Module, file: PathLike) -> None:
             # Views of one storage are no sharing that a file could keep.
             tensors[name] = tensor.detach().contiguous().clone()
     metadata = {"format": "pt", LAYERS_KEY: json.dumps(layers), TIED_KEY: json.dumps(tied)}
-    write_whole(file, lambda path: save_file(tensors, path, metadata), what="file")
+    write_whole(file, lambda path: _save(tensors, path, metadata), what="file")
+
+
+def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Like safetensors, but with the permissions of other files, and errors that are OSErrors."""
+    mode = path.stat().st_mode if path.exists() else None
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+    if mode is not None:
+        path.chmod(mode)
 
 
 @public_call
@@ -106,6 +118,8 @@ def load_converted(model: nn.Module, file: PathLike) -> nn.Module:
         module = modules.get(name)
         if module is None:
             problems.add(f"{name}: the model has no such layer{did_you_mean(name, modules)}")
+        elif isinstance(module, LowBitLinear | LowBitConv2d):
+            problems.add(f"{name} is converted already; give a float model")
         elif type(module).__name__ != raw["type"]:
             problems.add(f"{name} is a {type(module).__name__} in the model; saved: {raw['type']}")
         elif module in replacements:
@@ -138,6 +152,8 @@ class _Saved:
         path = as_path(file, "file")
         if not path.exists():
             raise FileMissingError(f"file: {str(path)!r} does not exist")
+        if path.is_dir():
+            raise FileAccessError(f"file: {str(path)!r} is a folder; allowed: a file")
         try:
             with safe_open(path, framework="pt") as opened:
                 metadata = opened.metadata() or {}

@@ -87,6 +87,8 @@ def quantize(model: nn.Module, config: Mapping[str, Any] | None = None) -> None:
     if any(isinstance(module, BaseQuantizeModule) for module in model.modules()):
         raise ModelError("the model has quantize modules already; calibrate and convert it")
     ledger, requests = _plan(model, parsed)
+    if model.training:
+        logger.warning("the model is in training mode: dropout acts in calibration; call eval()")
     replacements: dict[nn.Module, nn.Module] = {}
     for outcome in ledger.quantized:
         algorithm, request = requests[outcome.name]
@@ -163,6 +165,9 @@ def _check_model(model: object) -> None:
 
 
 def _algorithm_of(module: BaseQuantizeModule) -> Algorithm | None:
+    asked = REGISTRY.find(module.outcome.algorithm or "", module.outcome.type)
+    if asked is not None and asked.quant_op is type(module):
+        return asked
     return next((found for found in REGISTRY if found.quant_op is type(module)), None)
 
 
@@ -173,6 +178,7 @@ def _plan(
     ledger = LowBitLedger()
     requests: dict[str, tuple[Algorithm, LayerRequest]] = {}
     problems = ProblemList("config", ConfigError)
+    refused: dict[str, list[str]] = {}
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         src_op = type(module).__name__
@@ -185,11 +191,14 @@ def _plan(
         outcome.reason = _reason_to_leave(module, name, algorithm, request, config)
         if outcome.reason is not None or algorithm is None or request is None:
             continue
-        _check_layer(module, name, algorithm, request, outcome, problems)
+        _check_layer(module, name, algorithm, request, outcome, problems, refused)
         outcome.status, outcome.algorithm = "calibrating", algorithm.name
         outcome.weights = _told(request.weights)
         outcome.inputs = None if request.inputs is None else _told(request.inputs)
         requests[name] = (algorithm, request)
+    for text, names in refused.items():
+        more = f" and {len(names) - 3} more layers" if len(names) > 3 else ""
+        problems.add(f"{', '.join(names[:3])}{more}: {text}")
     _check_names(config, [layer.name for layer in ledger.layers], problems)
     problems.raise_if_any()
     if not requests:
@@ -230,8 +239,12 @@ def _check_layer(
     request: LayerRequest,
     outcome: LayerOutcome,
     problems: ProblemList,
+    refused: dict[str, list[str]],
 ) -> None:
-    """Raises or notes whatever keeps a layer from being quantized as asked."""
+    """Raises or notes whatever keeps a layer from being quantized as asked.
+
+    Combinations that are not allowed go to `refused`: the text, and the layers it is for.
+    """
     if not name:
         raise ModelError(
             f"the model itself is a {type(module).__name__}, which cannot be replaced in place; "
@@ -257,7 +270,7 @@ def _check_layer(
     if algorithm.built_in:
         row = find_row(request.combination(algorithm.src_op))
         if row is None:
-            problems.add(_not_allowed(request, algorithm))
+            refused.setdefault(_not_allowed(request, algorithm), []).append(name)
         elif isinstance(weight, torch.Tensor):
             outcome.notes.extend(_limits_elsewhere(row, weight.shape))
     if module._forward_hooks or module._forward_pre_hooks:

@@ -13,7 +13,7 @@ from amct_pytorch.errors import ArgumentTypeError, ArgumentValueError, Calibrati
 from amct_pytorch.files import PathLike, check_writable
 from amct_pytorch.logs import start_logging
 from amct_pytorch.observers.kv_cache import KvObserver
-from amct_pytorch.record.kv_cache import add_kv_factors
+from amct_pytorch.record.kv_cache import add_kv_factors, read_kv_factors
 
 METHOD = "kv_cache_quant"
 
@@ -49,6 +49,7 @@ class QuantCalibrationOp(nn.Module):
     Raises:
         ArgumentTypeError, ArgumentValueError: naming the key, what was found and is allowed.
         FileAccessError: the record cannot be written.
+        RecordError: there is a record already, and it is not sound.
     """
 
     def __init__(
@@ -62,6 +63,8 @@ class QuantCalibrationOp(nn.Module):
             raise ArgumentValueError(f"quant_method is {shown(quant_method)}; allowed: {METHOD!r}")
         self._params, self.batch_num, self._asymmetric = operator_params(quant_algo_params)
         self.record_file = check_writable(record_file, "record_file")
+        if self.record_file.exists():
+            read_kv_factors(self.record_file)  # a record that could not be added to is told now
         self._observers: dict[str, KvObserver] = {}
         self._batches: dict[str, int] = {}
 
