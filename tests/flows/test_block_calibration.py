@@ -186,3 +186,13 @@ class TestRefusals:
         model.blocks[0].spare = torch.nn.Sequential(torch.nn.Identity())
         with pytest.raises(ModelError, match=r"blocks\.0\.spare: the model's forward"):
             calibrate_blocks(model, tokens(1), ["blocks.0.spare"])
+
+    def test_blocks_in_another_order(self):
+        _, model = network(GptqLayer, 1)
+        with pytest.raises(ModelError, match=r"blocks\.1: the model's forward calls blocks\.0 bef"):
+            calibrate_blocks(model, tokens(1), ["blocks.1", "blocks.0"])
+
+    @pytest.mark.parametrize("inputs", [torch.ones(2, 3), "abc", None, {"x": torch.ones(1)}])
+    def test_inputs_that_are_no_batches(self, inputs):
+        with pytest.raises(ArgumentTypeError, match="inputs is a .*; allowed is a list"):
+            calibrate_blocks(network(GptqLayer, 1)[1], inputs)

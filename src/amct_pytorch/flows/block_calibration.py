@@ -207,14 +207,23 @@ class _Pipeline:
         batch = self._batches[number]
         result: list[Any] = []
         with ExitStack() as changes:
+            called: list[Any] = []
             for _, block in self._chain[:index]:
                 changes.enter_context(returning(block, outputs[number]))
+            if index:
+                changes.enter_context(watched(self._chain[index - 1][1], called.append))
             if index < len(self._chain):
                 changes.enter_context(stopped_after(self._chain[index][1], result.append))
             changes.enter_context(padding_mask(_mask_of(batch)))
             try:
                 call(self._model, batch)
             except StopForward:
+                if index and not called:
+                    raise ModelError(
+                        f"{self._chain[index - 1][0]}: the model's forward calls "
+                        f"{self._chain[index][0]} before this block; name blocks in the order in "
+                        "which they are called, and quantize the model anew"
+                    ) from None
                 return result[0] if result else None
         if index < len(self._chain):
             raise ModelError(
