@@ -194,5 +194,5 @@ class TestRefusals:
 
     @pytest.mark.parametrize("inputs", [torch.ones(2, 3), "abc", None, {"x": torch.ones(1)}])
     def test_inputs_that_are_no_batches(self, inputs):
-        with pytest.raises(ArgumentTypeError, match="inputs is a .*; allowed is a list"):
+        with pytest.raises(ArgumentTypeError, match=r"inputs is a .*; allowed is a list"):
             calibrate_blocks(network(GptqLayer, 1)[1], inputs)
