@@ -58,6 +58,7 @@ _HOMES = {
     "deploy_to_qdq": "export.qdq",
     "quantize": "flows.low_bit",
     "quantize_model": "flows.post_training",
+    "quantize_preprocess": "flows.balancing",
     "save_model": "flows.post_training",
     **dict.fromkeys(_PRESETS, "config.presets"),
 }
@@ -93,6 +94,7 @@ __all__ = [
     "load_converted",
     "quantize",
     "quantize_model",
+    "quantize_preprocess",
     "save_converted",
     "save_model",
 ]

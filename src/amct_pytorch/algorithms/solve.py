@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -22,7 +23,11 @@ FP16_NORMAL = (2.0**-14, 65504.0)
 
 
 def weight_factors(
-    name: str, config: CalibrationConfig, layout: WeightLayout | None, weight: Tensor
+    name: str,
+    config: CalibrationConfig,
+    layout: WeightLayout | None,
+    weight: Tensor,
+    balance: tuple[float, ...] = (),
 ) -> LayerFactors:
     """The factors that depend on the weights alone.
 
@@ -30,7 +35,8 @@ def weight_factors(
         name: the layer.
         config: the calibration config.
         layout: of its weight; None for a layer without weights, whose scale is 1.
-        weight: its weight after fusion.
+        weight: its weight after fusion and balancing.
+        balance: the factors that it was balanced with.
     """
     params = config.layers[name].weight_quant_params
     scale_w: tuple[float, ...] = (1.0,)
@@ -42,6 +48,7 @@ def weight_factors(
     return LayerFactors(
         scale_w=scale_w,
         weight_bits=params.num_bits,
+        balance=balance,
         skip_fusion=not config.do_fusion or name in config.skip_fusion_layers,
         fakequant_precision_mode=config.fakequant_precision_mode or "DEFAULT",
     )
@@ -70,14 +77,12 @@ def complete_factors(
     scale_w = torch.tensor(known.scale_w)
     if bias.numel():
         scale_w = floored_for_bias(scale_w, scale_d, bias.cpu(), bias_limit(scale_w))
-    return LayerFactors(
+    return replace(
+        known,
         scale_w=tuple(scale_w.tolist()),
         scale_d=scale_d,
         offset_d=offset_d,
-        weight_bits=known.weight_bits,
         activation_bits=params.num_bits,
-        skip_fusion=known.skip_fusion,
-        fakequant_precision_mode=known.fakequant_precision_mode,
     )
 
 

@@ -107,13 +107,15 @@ def split_output(graph: OnnxGraph, layer: IntegerLayer, scaled: str) -> tuple[st
         that is a graph output, which the scaled one then is.
     """
     raw = layer.layer.output
-    graph.forget_type(raw)
     if raw in graph.output_names:
+        graph.forget_type(raw)
         new = graph.fresh(f"{layer.layer.name}.output0")
         layer.layer.last.output[0] = new
         return new, raw
     scaled = graph.fresh(scaled)
     graph.replace_reads(raw, scaled)
+    # A reader of the file tells two weights in a byte by the shape of what they multiply.
+    graph.move_type(raw, scaled)
     return raw, scaled
 
 

@@ -256,7 +256,7 @@ class DeployModel:
         if channels != 2 * weight.shape[axis]:
             return weight
         fmt = IntFormat(4)
-        codes = fmt.unpack(torch.from_numpy(weight.view(np.uint8)), channels, axis)
+        codes = fmt.unpack(torch.from_numpy(weight.view(np.uint8).copy()), channels, axis)
         integers: np.ndarray = codes.numpy()
         return integers
 

@@ -177,8 +177,6 @@ def _check_supported(layer: LayerNode, factors: LayerFactors) -> None:
             f"layer {layer.name!r}: inputs of {factors.activation_bits} bits cannot be deployed "
             "yet; allowed are 8"
         )
-    if factors.balance:
-        raise ExportError(f"layer {layer.name!r}: balance factors cannot be deployed yet")
 
 
 def check_factors(factors: Mapping[str, LayerFactors], known: Iterable[str]) -> None:

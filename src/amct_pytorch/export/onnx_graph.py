@@ -206,6 +206,14 @@ class OnnxGraph:
         """Drop what the model says of a tensor's type and shape."""
         self._types.pop(name, None)
 
+    def move_type(self, name: str, new_name: str) -> None:
+        """What the model says of a tensor's type and shape is true of another one from now on."""
+        known = self._types.pop(name, None)
+        if known is not None:
+            moved = onnx.ValueInfoProto(name=new_name)
+            moved.type.CopyFrom(known.type)
+            self._types[new_name] = moved
+
     def value_type(self, name: str) -> onnx.TypeProto | None:
         """What the model says of a tensor's type, or None."""
         for value in (*self.inputs, *self.outputs):

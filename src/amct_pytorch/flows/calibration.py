@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from amct_pytorch.algorithms.ada_learning import AdaSettings
 from amct_pytorch.algorithms.arq import bias_limit
 from amct_pytorch.algorithms.solve import complete_factors, weight_factors
-from amct_pytorch.config.models import CalibrationConfig
+from amct_pytorch.config.models import AdaParams, CalibrationConfig
 from amct_pytorch.errors import AmctError, CalibrationError
+from amct_pytorch.graph.activations import Activation
+from amct_pytorch.graph.look import copy_sharing_weights
 from amct_pytorch.graph.tensors import ModelInputs, in_float64, random_state_kept, tensors_in
 from amct_pytorch.graph.trace import where_it_failed
 from amct_pytorch.logs import logger
 from amct_pytorch.memory import release_memory
 from amct_pytorch.nn.calibrate import Check, LayerErrors, Observe, corrected_bias
+from amct_pytorch.nn.reconstruct import FloatRows, Reconstruct, Reconstruction
 from amct_pytorch.nn.simulate import IntegerOperands, Simulate, integer_bias
 from amct_pytorch.nn.wrapped import compressed_layers
 from amct_pytorch.observers.statistics import LayerStatistics
@@ -42,6 +46,7 @@ class CalibrationResult:
         seconds: wall time of the steps.
         operands: what the layers compute on, by layer.
         float_biases: the bias of each layer before correction.
+        rounded: what ADA did to each layer that it was asked for.
     """
 
     factors: dict[str, LayerFactors]
@@ -54,6 +59,19 @@ class CalibrationResult:
     seconds: dict[str, float]
     operands: dict[str, IntegerOperands]
     float_biases: dict[str, Tensor]
+    rounded: dict[str, Reconstruction] = field(default_factory=dict)
+
+
+def _ada_settings(config: CalibrationConfig) -> dict[str, AdaSettings]:
+    """What the config asks of ADA, by layer."""
+    found = {}
+    for name, layer in config.enabled_layers().items():
+        params = layer.weight_quant_params
+        if isinstance(params, AdaParams):
+            found[name] = AdaSettings(
+                params.num_iteration, params.reg_param, params.beta_range, params.warm_start
+            )
+    return found
 
 
 class Calibration:
@@ -66,6 +84,8 @@ class Calibration:
         model: instrumented by `nn.instrument`, in eval mode.
         config: the calibration config.
         with_outputs: layers whose output range is wanted too.
+        activations: the activation behind each layer that has one, for those that ADA rounds.
+        balance: the factors that layers were balanced with, by layer.
         example: inputs that the model is known to run on, for messages.
         finished: called once with the result, after the last batch.
     """
@@ -75,6 +95,8 @@ class Calibration:
         model: nn.Module,
         config: CalibrationConfig,
         with_outputs: frozenset[str],
+        activations: Mapping[str, Activation],
+        balance: Mapping[str, tuple[float, ...]],
         example: ModelInputs,
         finished: Callable[[CalibrationResult], None],
     ) -> None:
@@ -83,7 +105,16 @@ class Calibration:
         self._layers = compressed_layers(model)
         self._example = str(example)
         self._finished = finished
-        self._observe = Observe(self._layers, with_outputs, with_means=config.bias_correction)
+        self._activations = activations
+        self._balance = balance
+        self._ada = _ada_settings(config)
+        learned = {name: self._layers[name] for name in self._ada}
+        self._rows = FloatRows(learned, config.batch_num) if learned else None
+        # Copied before this object hooks itself in; the passes of ADA take copies of this.
+        self._untouched = copy_sharing_weights(model) if learned else None
+        self._observe = Observe(
+            self._layers, with_outputs, self._rows, with_means=config.bias_correction
+        )
         self._last_inputs: ModelInputs | None = None
         self._solving = False
         self._in_batch = False
@@ -133,7 +164,9 @@ class Calibration:
     def initial_factors(self) -> dict[str, LayerFactors]:
         """The factors that are known before any batch: those of the weights."""
         return {
-            name: weight_factors(name, self._config, layer.layout, layer.weight)
+            name: weight_factors(
+                name, self._config, layer.layout, layer.weight, self._balance.get(name, ())
+            )
             for name, layer in self._layers.items()
         }
 
@@ -151,6 +184,8 @@ class Calibration:
         self._in_batch = True
         self._started = time.perf_counter()
         self._observe.last = self._observe.batch == self._config.batch_num - 1
+        if self._rows is not None:
+            self._rows.keep_inputs(ModelInputs(args, kwargs))
         if self._observe.last:
             # A copy: the forward may change its arguments.
             self._last_inputs = ModelInputs(args, kwargs).copied()
@@ -208,6 +243,8 @@ class Calibration:
             known.mean_input = None  # as large as the network's activations on one item
         release_memory()
         corrected = time.perf_counter()
+        rounded = self._round(factors, operands, changes)
+        learned = time.perf_counter()
         errors, output = self._check(operands, changes, float_outputs)
         for layer in self._layers.values():
             layer.stage = Simulate(operands)
@@ -215,8 +252,10 @@ class Calibration:
             "observe": self._observing_seconds,
             "search ranges": searched - started,
             "correct biases": corrected - searched,
-            "check": time.perf_counter() - corrected,
+            "check": time.perf_counter() - learned,
         }
+        if rounded:
+            seconds["learn rounding"] = learned - corrected
         return CalibrationResult(
             factors,
             statistics,
@@ -228,7 +267,38 @@ class Calibration:
             seconds,
             operands,
             float_biases,
+            rounded,
         )
+
+    def _round(
+        self,
+        factors: dict[str, LayerFactors],
+        operands: dict[str, IntegerOperands],
+        changes: dict[str, Tensor],
+    ) -> dict[str, Reconstruction]:
+        """Rounds the layers that ADA is asked for; changes what is given for them."""
+        if self._rows is None or self._untouched is None:
+            return {}
+        order = [name for name in self._observe.calls if name in self._ada and name in operands]
+        reconstruct = Reconstruct(
+            self._untouched,
+            {name: self._ada[name] for name in order},
+            {name: self._activations.get(name) for name in order},
+            {name for name in order if not self._config.asymmetric(name)},
+            factors,
+            operands,
+            self._rows,
+        )
+        try:
+            with random_state_kept(self._model):
+                reconstruct.run()
+        finally:
+            self._rows.close()
+        self._rows = self._untouched = None
+        for name, result in reconstruct.results.items():
+            if result.rounded is not None:
+                changes.pop(name, None)
+        return reconstruct.results
 
     def _correct(self, operands: dict[str, IntegerOperands]) -> dict[str, Tensor]:
         """Corrects the integer biases in `operands`; returns corrected minus original bias."""

@@ -9,6 +9,7 @@ from amct_pytorch.config.models import CalibrationConfig
 from amct_pytorch.flows.calibration import CalibrationResult
 from amct_pytorch.graph.layers import LAYER_KINDS, SeenLayer
 from amct_pytorch.graph.look import ModelGraph
+from amct_pytorch.nn.reconstruct import Reconstruction
 from amct_pytorch.report.ledger import LayerEntry, Ledger, decibels
 
 
@@ -95,6 +96,14 @@ def _quantized(
         entry.weight_scale_range = (min(factors.scale_w), max(factors.scale_w))
     if layer.name in notes:
         entry.notes.append(notes[layer.name])
+    learned = result.rounded.get(layer.name)
+    if learned is not None:
+        entry.notes.append(_told_of_ada(learned))
+    if factors.balance:
+        low, high = min(factors.balance), max(factors.balance)
+        entry.notes.append(
+            f"balanced: input channels divided by factors of {low:.3g} to {high:.3g}"
+        )
     widened = result.widened.get(layer.name, 0)
     if widened:
         entry.notes.append(f"{widened} weight scales widened to keep the integer bias in range")
@@ -105,6 +114,21 @@ def _quantized(
     entry.cosine = errors.final.cosine
     entry.sqnr_db_uncorrected = decibels(errors.uncorrected.sqnr_db)
     entry.bias_corrected = errors.corrected
-    if not errors.corrected and result.corrects and LAYER_KINDS[layer.kind].weighted:
+    done = learned is not None and learned.rounded is not None
+    if not errors.corrected and result.corrects and LAYER_KINDS[layer.kind].weighted and not done:
         entry.notes.append("bias correction taken back: it made this layer's error larger")
     return entry
+
+
+def _told_of_ada(learned: Reconstruction) -> str:
+    if learned.rounded is None:
+        return "ADA could not follow its call; weights are rounded to the nearest"
+    found = learned.rounded
+    if not found.error_nearest:
+        return f"ADA: nearest rounding has no error ({learned.seconds:.1f} s)"
+    rest = found.error / found.error_nearest
+    steps = f", {found.iterations} steps of learning" if found.iterations else ""
+    return (
+        f"ADA: error on its rows {rest:.2f} of that of nearest rounding{steps} "
+        f"({learned.seconds:.1f} s)"
+    )

@@ -10,17 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from amct_pytorch.algorithms.solve import output_ranges
-from amct_pytorch.config.availability import check_available
 from amct_pytorch.config.calibration_json import load_calibration_json
 from amct_pytorch.config.layer_rules import with_packable_weights
 from amct_pytorch.config.models import CalibrationConfig
-from amct_pytorch.errors import ConfigError
+from amct_pytorch.errors import ConfigError, RecordError
 from amct_pytorch.files import PathLike, WholeFiles, check_distinct, check_writable
 from amct_pytorch.flows.calibration import Calibration, CalibrationResult
 from amct_pytorch.flows.calibration_ledger import calibration_ledger
+from amct_pytorch.graph.activations import following_activations
 from amct_pytorch.graph.layers import LAYER_KINDS
 from amct_pytorch.graph.look import ModelGraph, look_at
 from amct_pytorch.graph.readers import layers_read_in_float
@@ -28,9 +30,9 @@ from amct_pytorch.graph.tensors import ModelInputs
 from amct_pytorch.logs import logger, start_logging
 from amct_pytorch.memory import release_memory
 from amct_pytorch.nn.instrument import instrument
-from amct_pytorch.nn.wrapped import compressed_layers
+from amct_pytorch.nn.wrapped import CompressedLayer, compressed_layers
 from amct_pytorch.record.fingerprint import fingerprint
-from amct_pytorch.record.record_file import RecordFile, write_record
+from amct_pytorch.record.record_file import RecordFile, read_record, write_record
 from amct_pytorch.report.ledger import Ledger
 
 if TYPE_CHECKING:
@@ -90,7 +92,11 @@ class Prepared:
             {**self.seconds, **result.seconds},
         )
         layers = compressed_layers(self.model)
-        biases = {name: layers[name].bias for name in result.factors if layers[name].layout}
+        tensors = {
+            name: (layers[name].bias, _rounded_weight(layers[name], result))
+            for name in result.factors
+            if layers[name].layout
+        }
         metadata = {
             FINGERPRINT_KEY: fingerprint(result.factors),
             LEDGER_KEY: ledger.to_json(),
@@ -98,7 +104,7 @@ class Prepared:
         }
         record = RecordFile(factors=dict(result.factors))
         with WholeFiles() as files:
-            _complete_onnx(self.onnx_path, biases, metadata, files)
+            _complete_onnx(self.onnx_path, tensors, metadata, files)
             write_record(self.record_path, record, announce=False, files=files)
         release_memory()
         logger.info("calibration files written in %.2f s", time.perf_counter() - started)
@@ -156,13 +162,14 @@ def prepare(
     check_exportable(graph.trace)
     start_logging(to_file=True)
     config = load_calibration_json(config_file, graph.layers, graph.module_names)
-    check_available(config, str(config_file))
     config, notes = with_packable_weights(config, graph.layers)
     enabled = list(config.enabled_layers())
     if not enabled:
         raise ConfigError(f"{config_file}: no layer is enabled; {nothing_to_quantize(graph)}")
-    fused = _fused_norms(graph, config)
-    instrumented = instrument(model, graph, inputs, enabled, fused)
+    fused = fused_norms(graph, config)
+    balance = balance_factors(config, graph, record_path)
+    tensors = {name: torch.tensor(factors) for name, factors in balance.items()}
+    instrumented = instrument(model, graph, inputs, enabled, fused, tensors)
     release_memory()
     looked = time.perf_counter()
     float_model = export_float(
@@ -180,7 +187,13 @@ def prepare(
         frozenset(enabled) if all_outputs else layers_read_in_float(graph, enabled, fused)
     )
     calibration = Calibration(
-        instrumented, config, with_outputs, inputs, lambda result: finished(prepared, result)
+        instrumented,
+        config,
+        with_outputs,
+        following_activations(graph, enabled, fused, instrumented),
+        balance,
+        inputs,
+        lambda result: finished(prepared, result),
     )
     # The ONNX model first: one that is not completed goes with no record.
     with WholeFiles() as files:
@@ -199,7 +212,7 @@ def _names_of_weights(model: nn.Module) -> set[str]:
     return modules | {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
 
 
-def _fused_norms(graph: ModelGraph, config: CalibrationConfig) -> dict[str, str]:
+def fused_norms(graph: ModelGraph, config: CalibrationConfig) -> dict[str, str]:
     """The BatchNorm to fold into each enabled layer, by layer name."""
     if not config.do_fusion:
         return {}
@@ -208,6 +221,49 @@ def _fused_norms(graph: ModelGraph, config: CalibrationConfig) -> dict[str, str]
         for name, norm in graph.fusable_norms.items()
         if name in config.enabled_layers() and name not in config.skip_fusion_layers
     }
+
+
+def balance_factors(
+    config: CalibrationConfig, graph: ModelGraph, record_path: Path
+) -> dict[str, tuple[float, ...]]:
+    """The balance factors that a record has for the layers that the config wants balanced.
+
+    Raises:
+        FileMissingError, RecordError: there is no record; it lacks a layer's factors, or has
+            another number of them than the layer has input channels.
+    """
+    wanted = [
+        layer
+        for layer in graph.layers
+        if layer.name in config.enabled_layers()
+        and config.layers[layer.name].dmq_balancer_param is not None
+    ]
+    if not wanted:
+        return {}
+    first = "call quantize_preprocess and run one forward pass of what it returns first"
+    if not record_path.exists():
+        raise RecordError(
+            f"{record_path} does not exist, but layer {wanted[0].name!r} has dmq_balancer_param, "
+            f"whose factors come from it; {first}"
+        )
+    held = read_record(record_path)
+    held.check_keys(layer.name for layer in graph.layers)
+    found = {}
+    for layer in wanted:
+        factors = held.factors.get(layer.name)
+        if factors is None or not factors.balance:
+            raise RecordError(
+                f"{record_path}: layer {layer.name!r} has dmq_balancer_param in the config and no "
+                f"tensor_balance_factor here; {first}"
+            )
+        if len(factors.balance) != layer.in_channels:
+            raise RecordError(
+                f"{record_path}: layer {layer.name!r} has {len(factors.balance)} "
+                f"tensor_balance_factor; allowed: one for each of {layer.in_channels} input "
+                f"channels; {first}"
+            )
+        found[layer.name] = factors.balance
+    return found
 
 
 def nothing_to_quantize(graph: ModelGraph) -> str:
@@ -220,16 +276,34 @@ def nothing_to_quantize(graph: ModelGraph) -> str:
     return f"no layer of the model can be quantized; {reasons}"
 
 
+def _rounded_weight(layer: CompressedLayer, result: CalibrationResult) -> Tensor | None:
+    """What the weight was rounded to, where that is not simply the nearest."""
+    learned = result.rounded.get(layer.name)
+    if learned is None or learned.rounded is None:
+        return None
+    scale = torch.tensor(result.factors[layer.name].scale_w).to(layer.weight.device)
+    return result.operands[layer.name].weight.float() * layer.per_output(scale)
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    array: np.ndarray = tensor.detach().float().cpu().numpy()
+    return array
+
+
 def _complete_onnx(
-    path: Path, biases: Mapping[str, Tensor], metadata: Mapping[str, str], files: WholeFiles
+    path: Path,
+    tensors: Mapping[str, tuple[Tensor, Tensor | None]],
+    metadata: Mapping[str, str],
+    files: WholeFiles,
 ) -> None:
-    """Rewrites the modified ONNX with its final biases and the calibration's metadata."""
+    """Rewrites the modified ONNX with its final biases and weights, and with metadata."""
     from amct_pytorch.export.calibrated import complete
     from amct_pytorch.export.onnx_file import load_onnx, save_onnx
 
     model = load_onnx(path, "modfied_onnx_file", tensors_stay=True)
-    arrays = {name: bias.detach().float().cpu().numpy() for name, bias in biases.items()}
-    complete(model, arrays, metadata)
+    biases = {name: _array(bias) for name, (bias, _) in tensors.items()}
+    weights = {name: _array(weight) for name, (_, weight) in tensors.items() if weight is not None}
+    complete(model, biases, weights, metadata)
     save_onnx(model, path, what="modfied_onnx_file", announce=False, files=files)
 
 

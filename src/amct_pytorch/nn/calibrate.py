@@ -12,6 +12,7 @@ from amct_pytorch.algorithms.bias_correction import output_shift
 from amct_pytorch.errors import CalibrationError
 from amct_pytorch.graph.tensors import in_float64, without_autocast
 from amct_pytorch.nn.intercept import LayerCall
+from amct_pytorch.nn.reconstruct import FloatRows
 from amct_pytorch.nn.simulate import IntegerOperands, integer_bias, without_autograd
 from amct_pytorch.nn.wrapped import CompressedLayer, Stage
 from amct_pytorch.observers.histogram import Histogram
@@ -25,6 +26,7 @@ class Observe(Stage):
     Args:
         names: the layers.
         with_outputs: those whose output range is wanted too.
+        rows: takes samples of the outputs, where weights are to be learned.
         with_means: whether mean inputs are wanted, to correct biases.
 
     Attributes:
@@ -35,8 +37,14 @@ class Observe(Stage):
     """
 
     def __init__(
-        self, names: Iterable[str], with_outputs: frozenset[str], *, with_means: bool
+        self,
+        names: Iterable[str],
+        with_outputs: frozenset[str],
+        rows: FloatRows | None = None,
+        *,
+        with_means: bool,
     ) -> None:
+        self._rows = rows
         self.statistics = {
             name: LayerStatistics(
                 outputs=Histogram() if name in with_outputs else None,
@@ -61,6 +69,8 @@ class Observe(Stage):
             self._count(statistics.outputs, y, f"the output of layer {layer.name!r}")
         if self.last:
             statistics.output = sample(y)
+        if self._rows is not None:
+            self._rows.take(layer, y)
         return y
 
     def _count(self, histogram: Histogram, x: Tensor, what: str) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from amct_pytorch.algorithms.balance import balanced_weight
 from amct_pytorch.errors import ModelError
 from amct_pytorch.graph.layers import LAYER_KINDS, SeenLayer
 from amct_pytorch.graph.look import ModelGraph, copy_model, copy_sharing_weights, kind_of
@@ -34,6 +36,7 @@ def instrument(
     inputs: ModelInputs,
     names: Iterable[str],
     fused: Mapping[str, str],
+    balance: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> nn.Module:
     """A copy of `model` in eval mode with each named layer made a `CompressedLayer`.
 
@@ -43,6 +46,8 @@ def instrument(
         inputs: arguments to run it on, where a layer computes its weight in its forward.
         names: the layers to wrap, all quantizable.
         fused: BatchNorm module to fold into each layer, by layer name; it is then skipped.
+        balance: what the weights of each input channel are multiplied by and its inputs divided
+            by, [in_channels] by layer name.
 
     Raises:
         ModelError: a weight, bias or BatchNorm holds NaN or infinity, or the model cannot be
@@ -74,8 +79,15 @@ def instrument(
             else:
                 weight = fused_weight
             replacements[norm] = SkippedNorm(norm)
+        factors = balance.get(layer.name)
+        if factors is not None:
+            balanced = balanced_weight(kind.layout(layer.groups), layer.groups, weight, factors)
+            _check_finite(f"{layer.name} after balancing", balanced, None)
+            weight = balanced
         module = copied.get_submodule(layer.name)
-        replacements[module] = CompressedLayer(layer.name, kind, module, weight, bias, layer.groups)
+        replacements[module] = CompressedLayer(
+            layer.name, kind, module, weight, bias, layer.groups, factors
+        )
     replace_modules(copied, replacements)
     same_db = min(SAME_DB.get(dtype, 60.0) for dtype in graph.trace.dtypes | {torch.float32})
     _check_same(original, _outputs(copy_sharing_weights(copied), inputs), same_db)

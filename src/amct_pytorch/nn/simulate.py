@@ -44,17 +44,24 @@ class IntegerOperands:
     bias: Tensor
 
     @classmethod
-    def of(cls, layer: CompressedLayer, factors: LayerFactors) -> IntegerOperands:
-        """The operands of `layer` under complete `factors`."""
+    def of(
+        cls, layer: CompressedLayer, factors: LayerFactors, weight: Tensor | None = None
+    ) -> IntegerOperands:
+        """The operands of `layer` under complete `factors`.
+
+        Args:
+            layer: the layer.
+            factors: its factors.
+            weight: int8 weight; None: the layer's own, rounded to the nearest.
+        """
         assert factors.scale_d is not None
         device = layer.weight.device
         scale_w = torch.tensor(factors.scale_w, dtype=torch.float32).to(device)
         scale_d = torch.tensor(factors.scale_d, dtype=torch.float32)
-        weight = (
-            IntFormat(factors.weight_bits)
-            .quantize(layer.weight.detach().float(), layer.per_output(scale_w))
-            .to(torch.int8)
-        )
+        if weight is None:
+            exact = layer.weight.detach().float()
+            integers = IntFormat(factors.weight_bits).quantize(exact, layer.per_output(scale_w))
+            weight = integers.to(torch.int8)
         bias_scale = torch.from_numpy(factors.bias_scale()).to(device)
         return cls(
             IntFormat(factors.activation_bits),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -86,10 +87,16 @@ class CompressedLayer(Wrapped):
         bias: bias operand or None, which becomes zeros so that a correction has a place; held
             in `file_dtype`.
         groups: groups of a convolution.
+        balance: what each input channel's weights are multiplied by and its inputs divided by,
+            [in_channels]; None: nothing.
+
+    Attributes:
+        tensor_balance_factor: 1 / balance, shaped to broadcast over the input; None without.
     """
 
     weight: nn.Parameter
     bias: nn.Parameter
+    tensor_balance_factor: nn.Parameter | None
 
     def __init__(
         self,
@@ -99,6 +106,7 @@ class CompressedLayer(Wrapped):
         weight: Tensor,
         bias: Tensor | None,
         groups: int = 1,
+        balance: Tensor | None = None,
     ) -> None:
         layout = kind.layout(groups) if kind.weighted else None
         own_weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight)
@@ -114,6 +122,14 @@ class CompressedLayer(Wrapped):
         )
         self.name = name
         self.kind = kind
+        self.groups = groups
+        self.tensor_balance_factor = None
+        if balance is not None:
+            inverse = 1 / balance.to(own_weight.device, torch.float32)
+            # The file has this tensor under this name.
+            shape = (1, -1) if kind.channel_axis == -1 else (1, -1, *[1] * (weight.dim() - 2))
+            held = nn.Parameter(inverse.view(shape), requires_grad=False)
+            self.tensor_balance_factor = held
         self.layout = layout
         self.stage: Stage | None = None
 
@@ -131,6 +147,8 @@ class CompressedLayer(Wrapped):
 
     def answer(self, call: LayerCall) -> Tensor:
         """The call on the toolkit's operands, by the stage if there is one."""
+        if self.tensor_balance_factor is not None:
+            call = replace(call, x=call.x * self.tensor_balance_factor.to(call.x.dtype))
         return self.float_result(call) if self.stage is None else self.stage.run(self, call)
 
     def float_result(self, call: LayerCall) -> Tensor:

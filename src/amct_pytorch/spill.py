@@ -1,0 +1,67 @@
+"""Tensors that live in a file, where they take no memory that something else needs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from amct_pytorch.logs import logger
+
+
+class Spill:
+    """A temporary folder of tensors, gone when the context ends, the process dies or is killed.
+
+    Each file loses its name as soon as it is mapped into memory, where the system allows that,
+    so that nothing needs to be cleaned up. TMPDIR says where the folder is.
+    """
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._number = 0
+
+    def __enter__(self) -> Spill:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Removes the folder; tensors that are still held stay readable where names are gone."""
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """The same values as a CPU tensor that is read from the file when it is used.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        if not tensor.numel():
+            return tensor.detach().cpu()
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(
+                prefix="amct-spill-", ignore_cleanup_errors=True
+            )
+            logger.info("%s are kept in %s until calibration ends", self._what, self._folder.name)
+        self._number += 1
+        path = Path(self._folder.name) / str(self._number)
+        flat = tensor.detach().cpu().contiguous().flatten()
+        # Written, not mapped: on a full disk a mapped write ends the process.
+        flat.view(torch.uint8).numpy().tofile(path)
+        mapped = torch.from_file(os.fspath(path), False, flat.numel(), dtype=flat.dtype)
+        with contextlib.suppress(OSError):
+            path.unlink()
+        return mapped.view(tensor.shape)

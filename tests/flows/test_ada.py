@@ -1,0 +1,163 @@
+"""ADA through the whole flow."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from topologies.networks import TOPOLOGIES, trained_like
+from torch import Tensor, nn
+
+import amct_pytorch as amct
+from amct_pytorch.export.layer_nodes import LayerFinder
+from amct_pytorch.export.onnx_file import load_onnx
+from amct_pytorch.export.onnx_graph import OnnxGraph
+from amct_pytorch.graph.tensors import tensors_in
+from amct_pytorch.record.record_file import read_record
+
+NAMES = [
+    "chain",
+    "residual",
+    "depthwise, groups and dilation",
+    "conv and BN subclasses",
+    "transposed convolutions",
+    "control flow",
+]
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def config(model: nn.Module, x: tuple[Tensor, ...], batch_num: int, **ada: object) -> dict:
+    amct.create_quant_config("config.json", model, x, batch_num=batch_num)
+    document = json.loads(Path("config.json").read_text())
+    for value in document.values():
+        if isinstance(value, dict) and ada:
+            asked = value["weight_quant_params"]
+            asked.update(wts_algo="ada_quantize", **ada)
+    Path("config.json").write_text(json.dumps(document))
+    return document
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_deployed_is_simulated_and_layers_are_nearer_than_by_nearest_rounding(name: str) -> None:
+    topology = TOPOLOGIES[name]
+    torch.manual_seed(7)
+    batches = [tuple(torch.randn(shape) for shape in topology.shapes) for _ in range(3)]
+    model = trained_like(topology.build(), batches[0])
+    before = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        expected = [next(tensors_in(model(*batch))) for batch in batches]
+    config(model, batches[0], 2, num_bits=4, num_iteration=20)
+    quantized = amct.quantize_model("config.json", "m.onnx", "record.txt", model, batches[0])
+    with torch.no_grad():
+        for batch, wanted in zip(batches[:2], expected, strict=False):
+            assert torch.allclose(next(tensors_in(quantized(*batch))), wanted, atol=1e-4)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+    amct.save_model("m.onnx", "record.txt", "out/net")
+    ledger = json.loads(Path("out/net_ledger.json").read_text())
+    told = re.findall(r"ADA: error on its rows ([0-9.]+) of", json.dumps(ledger))
+    assert len(told) == sum(entry["status"] == "quantized" for entry in ledger["layers"])
+    assert max(map(float, told)) <= 1.0
+    assert min(map(float, told)) < 0.7
+    fake = ort.InferenceSession("out/net_fake_quant_model.onnx")
+    deploy = amct.DeploySession("out/net_deploy_model.onnx")
+    names = [entry.name for entry in fake.get_inputs()]
+    feeds = {n: t.numpy() for n, t in zip(names, batches[2], strict=True)}
+    simulated = fake.run(None, feeds)[0]
+    assert np.allclose(deploy.run(None, feeds)[0], simulated, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        torch_result = next(tensors_in(quantized(*batches[2]))).numpy()
+    assert np.allclose(simulated, torch_result, rtol=1e-4, atol=1e-4)
+
+
+def chain() -> tuple[nn.Module, list[Tensor]]:
+    torch.manual_seed(5)
+    batches = [torch.randn(4, 3, 16, 16) for _ in range(2)]
+    return trained_like(TOPOLOGIES["chain"].build(), (batches[0],)), batches
+
+
+def test_the_files_say_what_was_learned() -> None:
+    model, batches = chain()
+    config(model, (batches[0],), 2, num_bits=4, num_iteration=20)
+    quantized = amct.quantize_model("config.json", "m.onnx", "record.txt", model, batches[0])
+    for batch in batches:
+        quantized(batch)
+    # Weights in the modified ONNX are on their grid; rounding them to the nearest is the learned
+    # rounding, whatever tool does it.
+    finder = LayerFinder(OnnxGraph(load_onnx("m.onnx", "m")))
+    for name, factors in read_record("record.txt").factors.items():
+        layer = finder.find(name)
+        scale = np.asarray(factors.scale_w, np.float32)
+        rows = layer.layout.rows(layer.weight) / scale.reshape(-1, 1)
+        assert np.abs(rows - np.rint(rows)).max() < 1e-4
+    amct.save_model("m.onnx", "record.txt", "net")
+    ledger = json.loads(Path("net_ledger.json").read_text())
+    notes = [note for layer in ledger["layers"] for note in layer["notes"]]
+    assert sum("ADA" in note for note in notes) == 3
+    assert ledger["seconds"]["learn rounding"] > 0
+
+
+def test_runs_are_the_same_and_leave_the_random_state_alone() -> None:
+    model, batches = chain()
+    records = []
+    state = torch.get_rng_state()
+    for _ in range(2):
+        config(model, (batches[0],), 2, num_bits=4, num_iteration=20)
+        quantized = amct.quantize_model("config.json", "m.onnx", "record.txt", model, batches[0])
+        for batch in batches:
+            quantized(batch)
+        amct.save_model("m.onnx", "record.txt", "net")
+        names = ("record.txt", "net_deploy_model.onnx", "net_fake_quant_model.onnx")
+        records.append([Path(name).read_bytes() for name in names])
+    assert records[0] == records[1]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_one_layer_can_be_learned_alone() -> None:
+    model, batches = chain()
+    document = config(model, (batches[0],), 2)
+    document["head"]["weight_quant_params"] = {"wts_algo": "ada_quantize", "num_bits": 4}
+    Path("config.json").write_text(json.dumps(document))
+    quantized = amct.quantize_model("config.json", "m.onnx", "record.txt", model, batches[0])
+    for batch in batches:
+        quantized(batch)
+    factors = read_record("record.txt").factors
+    assert [found.weight_bits for found in factors.values()] == [8, 8, 4]
+
+
+class Remembers(nn.Module):
+    """Keeps what it has computed on itself between its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 4)
+        self.kept: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = torch.relu(self.first(x))
+        y = self.second(self.kept)
+        assert self.kept is not None
+        return y + self.kept[:, :4]
+
+
+def test_a_forward_that_keeps_state_is_not_mixed_up_between_batches() -> None:
+    torch.manual_seed(1)
+    model = Remembers()
+    batches = [torch.randn(4, 6) * (10.0 ** (i - 1)) for i in range(3)]
+    config(model, (batches[0],), 3, num_iteration=10)
+    quantized = amct.quantize_model("config.json", "m.onnx", "record.txt", model, batches[0])
+    for batch in batches:
+        quantized(batch)
+    with torch.no_grad():
+        y, wanted = quantized(batches[2]), model(batches[2])
+    assert float((y - wanted).norm() / wanted.norm()) < 0.05
