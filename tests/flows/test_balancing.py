@@ -203,3 +203,102 @@ def test_nan_is_told_and_nothing_is_written() -> None:
     assert not Path("record.txt").exists()
     watched(x)
     assert len(read_record("record.txt").factors["0"].balance) == 8
+
+
+def two_convs() -> tuple[nn.Module, Tensor]:
+    """Channels between two convolutions that differ by a factor of 1000."""
+    torch.manual_seed(6)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3)).eval()
+    spread = torch.logspace(-1.5, 1.5, 16)
+    with torch.no_grad():
+        model[0].weight.mul_(spread.view(-1, 1, 1, 1))
+        model[0].bias.mul_(spread)
+        model[2].weight.div_(spread.view(1, -1, 1, 1))
+    return model, torch.randn(4, 3, 12, 12)
+
+
+def files_agree(quantized: nn.Module, x: Tensor) -> None:
+    amct.save_model("m.onnx", "record.txt", "net")
+    session = amct.DeploySession("net_deploy_model.onnx")
+    feeds = {session.get_inputs()[0].name: x.numpy()}
+    with torch.no_grad():
+        assert np.allclose(session.run(None, feeds)[0], quantized(x).numpy(), atol=1e-5)
+
+
+def test_factors_go_into_the_layer_before_where_that_is_exact() -> None:
+    import onnx
+
+    model, x = two_convs()
+    document_errors = {}
+    for strength in (None, 0.5):
+        config(model, x, strength)
+        if strength is not None:
+            amct.quantize_preprocess("config.json", "record.txt", model, x)(x)
+        quantized = amct.quantize_model("config.json", "m.onnx", "record.txt", model, x)
+        with torch.no_grad():
+            torch.testing.assert_close(quantized(x), model(x), rtol=1e-3, atol=1e-4)
+        document_errors[strength] = error(model, quantized, x)
+    files_agree(quantized, x)
+    deploy = onnx.load("net_deploy_model.onnx")
+    # The first layer has nothing before it; the second needs no multiplication.
+    assert sum(node.op_type == "Mul" for node in deploy.graph.node) == 1
+    ledger = json.loads(Path("net_ledger.json").read_text())["layers"]
+    assert "1 / factor is in the weights of 0" in json.dumps(ledger[1]["notes"])
+    assert document_errors[0.5] < 0.5 * document_errors[None]
+
+
+def test_equalization_is_asked_for_in_the_config_and_helps() -> None:
+    model, x = two_convs()
+    errors = {}
+    for wanted in (False, True):
+        config(model, x, None)
+        document = json.loads(Path("config.json").read_text())
+        assert "cross_layer_equalization" not in document
+        document["cross_layer_equalization"] = wanted
+        Path("config.json").write_text(json.dumps(document))
+        quantized = amct.quantize_model("config.json", "m.onnx", "record.txt", model, x)
+        with torch.no_grad():
+            torch.testing.assert_close(quantized(x), model(x), rtol=1e-3, atol=1e-4)
+        errors[wanted] = error(model, quantized, x)
+    files_agree(quantized, x)
+    assert errors[True] < 0.5 * errors[False]
+
+
+@pytest.mark.parametrize("shape", [(16, 8), (4, 4, 8)])
+def test_linear_layers_get_a_scale_for_each_channel_where_the_config_asks(
+    shape: tuple[int, ...],
+) -> None:
+    torch.manual_seed(7)
+    model = nn.Sequential(nn.Linear(8, 12)).eval()
+    x = torch.randn(shape)
+    with torch.no_grad():
+        model[0].weight.mul_(torch.logspace(-2, 0, 12).view(-1, 1))
+    errors = {}
+    for wanted in (False, True):
+        config(model, x, None)
+        document = json.loads(Path("config.json").read_text())
+        document["linear_channel_wise"] = wanted
+        del document["0"]["weight_quant_params"]["channel_wise"]
+        Path("config.json").write_text(json.dumps(document))
+        quantized = amct.quantize_model("config.json", "m.onnx", "record.txt", model, x)
+        quantized(x)
+        with torch.no_grad():
+            difference = (quantized(x) - model(x)).flatten(0, -2) / model(x).flatten(0, -2).std(0)
+        errors[wanted] = float(difference.square().mean().sqrt())
+        assert len(read_record("record.txt").factors["0"].scale_w) == (12 if wanted else 1)
+    files_agree(quantized, x)
+    amct.deploy_to_qdq("net_deploy_model.onnx", "net_qdq.onnx")
+    session = ort.InferenceSession("net_qdq.onnx")
+    portable = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+    assert np.linalg.norm(portable - model(x).detach().numpy()) < 0.02 * np.linalg.norm(portable)
+    assert errors[True] < 0.3 * errors[False]
+
+
+def test_a_channel_wise_linear_without_the_key_is_still_refused() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 4)).eval(), torch.randn(4, 8)
+    config(model, x, None)
+    document = json.loads(Path("config.json").read_text())
+    document["0"]["weight_quant_params"]["channel_wise"] = True
+    Path("config.json").write_text(json.dumps(document))
+    with pytest.raises(amct.AmctError, match=r"0\.weight_quant_params\.channel_wise.*linear_chan"):
+        amct.quantize_model("config.json", "m.onnx", "record.txt", model, x)

@@ -22,17 +22,21 @@ from amct_pytorch.errors import ConfigError, ProblemList, did_you_mean, shown
 from amct_pytorch.files import PathLike, read_text
 from amct_pytorch.graph.layers import SeenLayer
 
+# Keys that are this toolkit's own.
+OWN_KEYS = ("bias_correction", "cross_layer_equalization", "linear_channel_wise")
+
 
 def dump_calibration_json(config: CalibrationConfig) -> str:
     """The file's text: the global keys, then the layers by name, each key in its place.
 
     Optional keys that say nothing are left out: `fakequant_precision_mode` and `asymmetric`
-    unless set, `bias_correction` unless false, `dmq_balancer_param` unless balancing was
+    unless set, OWN_KEYS while at their defaults, `dmq_balancer_param` unless balancing was
     asked for.
     """
     document = config.model_dump(mode="json", exclude_none=True, exclude={"layers"})
-    if config.bias_correction:
-        del document["bias_correction"]
+    for key in OWN_KEYS:
+        if getattr(config, key) == CalibrationConfig.model_fields[key].default:
+            del document[key]
     for name in sorted(config.layers):
         document[name] = config.layers[name].model_dump(mode="json", exclude_none=True)
     return json.dumps(document, indent=4, ensure_ascii=False) + "\n"
@@ -73,7 +77,7 @@ def load_calibration_json(
         if name in GLOBAL_KEYS:
             continue
         if name in by_name:
-            layer_config = _layer(by_name[name], raw, problems)
+            layer_config = _layer(by_name[name], raw, config, problems)
             if layer_config is not None:
                 configured[name] = layer_config
         elif isinstance(raw, dict):
@@ -92,13 +96,17 @@ def _globals(raw: dict[str, Any], problems: ProblemList) -> CalibrationConfig:
         return CalibrationConfig()
 
 
-def _layer(layer: SeenLayer, raw: Any, problems: ProblemList) -> LayerConfig | None:
+def _layer(
+    layer: SeenLayer, raw: Any, whole: CalibrationConfig, problems: ProblemList
+) -> LayerConfig | None:
     """The layer's config; None where a problem was added."""
     if not isinstance(raw, dict):
         problems.add(f"{layer.name} is {shown(raw)}; allowed: an object")
         return None
     try:
-        config = LayerConfig.model_validate(fill_defaults(raw, layer))
+        config = LayerConfig.model_validate(
+            fill_defaults(raw, layer, channel_wise_linear=whole.linear_channel_wise)
+        )
     except ValidationError as error:
         explain(error, LayerConfig, problems, lambda parts: dotted([layer.name, *parts]))
         return None
@@ -119,7 +127,12 @@ def _layer(layer: SeenLayer, raw: Any, problems: ProblemList) -> LayerConfig | N
     inputs = allowed_inputs(
         layer, config.activation_quant_params, refuse("activation_quant_params")
     )
-    weights = allowed_weights(layer, config.weight_quant_params, refuse("weight_quant_params"))
+    weights = allowed_weights(
+        layer,
+        config.weight_quant_params,
+        refuse("weight_quant_params"),
+        channel_wise_linear=whole.linear_channel_wise,
+    )
     return config.model_copy(
         update={
             "activation_quant_params": inputs,

@@ -34,7 +34,13 @@ def default_layer(layer: SeenLayer) -> LayerConfig:
     )
 
 
-def fill_defaults(raw: dict[str, Any], layer: SeenLayer) -> dict[str, Any]:
+def _may_be_channel_wise(layer: SeenLayer, channel_wise_linear: bool) -> bool:
+    return LAYER_KINDS[layer.kind].channel_wise or (channel_wise_linear and layer.kind == "Linear")
+
+
+def fill_defaults(
+    raw: dict[str, Any], layer: SeenLayer, *, channel_wise_linear: bool = False
+) -> dict[str, Any]:
     """A layer's entry in a JSON file, with what has no default of its own put in.
 
     Blocks that are missing get their default, and `channel_wise` and `asymmetric` that of
@@ -47,7 +53,7 @@ def fill_defaults(raw: dict[str, Any], layer: SeenLayer) -> dict[str, Any]:
     }
     weights = filled["weight_quant_params"]
     if isinstance(weights, dict):
-        default = LAYER_KINDS[layer.kind].channel_wise
+        default = _may_be_channel_wise(layer, channel_wise_linear)
         filled["weight_quant_params"] = {"channel_wise": default, **weights}
     inputs = filled["activation_quant_params"]
     if isinstance(inputs, dict) and LAYER_KINDS[layer.kind].symmetric_inputs:
@@ -70,17 +76,22 @@ def allowed_inputs(layer: SeenLayer, inputs: ActivationParams, tell: Tell) -> Ac
     return inputs.model_copy(update={"asymmetric": False})
 
 
-def allowed_weights(layer: SeenLayer, weights: WeightParams, tell: Tell) -> WeightParams:
+def allowed_weights(
+    layer: SeenLayer, weights: WeightParams, tell: Tell, *, channel_wise_linear: bool = False
+) -> WeightParams:
     """`weights` without what the layer cannot have.
 
     Args:
         layer: the layer they are for.
         weights: what was asked for.
         tell: called with key and reason for each thing refused.
+        channel_wise_linear: whether Linear layers may have a scale for each output channel.
     """
     kind = LAYER_KINDS[layer.kind]
-    if weights.channel_wise and not kind.channel_wise:
-        has = "one scale for all its weights" if kind.weighted else "no weights"
+    if weights.channel_wise and not _may_be_channel_wise(layer, channel_wise_linear):
+        has = "no weights"
+        if kind.weighted:
+            has = "one scale for all its weights, unless linear_channel_wise is true"
         tell("channel_wise", f"{layer.kind} has {has}")
         weights = weights.model_copy(update={"channel_wise": False})
     if weights.num_bits in (6, 7) and not kind.low_bit_weights:

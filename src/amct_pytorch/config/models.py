@@ -199,6 +199,9 @@ class CalibrationConfig(Strict):
         fakequant_precision_mode: "FORCE_FP16_QUANT": input scales keep float16 precision.
         skip_fusion_layers: layers whose BN is not fused.
         bias_correction: whether each layer's mean output error is taken out of its bias.
+        cross_layer_equalization: whether weights of neighbouring layers are made equally large.
+        linear_channel_wise: whether Linear layers may, and by default do, have one weight scale
+            for each output channel.
         layers: by layer name.
     """
 
@@ -213,6 +216,8 @@ class CalibrationConfig(Strict):
     ] = None
     skip_fusion_layers: list[str] = Field(default=[], description="a list of layer names")
     bias_correction: YesNo = True
+    cross_layer_equalization: YesNo = False
+    linear_channel_wise: YesNo = False
     layers: dict[str, LayerConfig] = Field(default={}, description="an object")
 
     def asymmetric(self, layer_name: str) -> bool:

@@ -25,10 +25,12 @@ from amct_pytorch.flows.calibration_ledger import calibration_ledger
 from amct_pytorch.graph.activations import following_activations
 from amct_pytorch.graph.layers import LAYER_KINDS
 from amct_pytorch.graph.look import ModelGraph, look_at
+from amct_pytorch.graph.pairs import scalable_pairs
 from amct_pytorch.graph.readers import layers_read_in_float
 from amct_pytorch.graph.tensors import ModelInputs
 from amct_pytorch.logs import logger, start_logging
 from amct_pytorch.memory import release_memory
+from amct_pytorch.nn.equalize import equalize, move_factors
 from amct_pytorch.nn.instrument import instrument
 from amct_pytorch.nn.wrapped import CompressedLayer, compressed_layers
 from amct_pytorch.record.fingerprint import fingerprint
@@ -168,8 +170,15 @@ def prepare(
         raise ConfigError(f"{config_file}: no layer is enabled; {nothing_to_quantize(graph)}")
     fused = fused_norms(graph, config)
     balance = balance_factors(config, graph, record_path)
+    pairs = scalable_pairs(graph, enabled, fused)
     tensors = {name: torch.tensor(factors) for name, factors in balance.items()}
-    instrumented = instrument(model, graph, inputs, enabled, fused, tensors)
+    multiplied = {name: factors for name, factors in tensors.items() if name not in pairs}
+    told = dict(notes)
+
+    def rescale(layers: Mapping[str, CompressedLayer]) -> None:
+        told.update(_rescale(layers, config, tensors, pairs))
+
+    instrumented = instrument(model, graph, inputs, enabled, fused, multiplied, rescale)
     release_memory()
     looked = time.perf_counter()
     float_model = export_float(
@@ -182,7 +191,7 @@ def prepare(
     gc.collect()  # The exporter's graphs are cycles.
     release_memory()
     seconds = {"look and fuse": looked - started, "export": time.perf_counter() - looked}
-    prepared = Prepared(instrumented, graph, config, fused, notes, onnx_path, record_path, seconds)
+    prepared = Prepared(instrumented, graph, config, fused, told, onnx_path, record_path, seconds)
     with_outputs = (
         frozenset(enabled) if all_outputs else layers_read_in_float(graph, enabled, fused)
     )
@@ -210,6 +219,25 @@ def _names_of_weights(model: nn.Module) -> set[str]:
         return set()
     modules = {f"{path}.{name}" for path, _ in model.named_modules() for name in ("weight", "bias")}
     return modules | {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+
+
+def _rescale(
+    layers: Mapping[str, CompressedLayer],
+    config: CalibrationConfig,
+    balance: Mapping[str, Tensor],
+    pairs: Mapping[str, str],
+) -> dict[str, str]:
+    """Moves factors between neighbouring layers; tells of each layer."""
+    notes = {}
+    if config.cross_layer_equalization:
+        notes = equalize(layers, pairs)
+        if not pairs:
+            logger.warning("cross_layer_equalization: no two layers have a scale to share")
+    for name, factors in balance.items():
+        if name in pairs:
+            move_factors(layers[pairs[name]], layers[name], factors)
+            notes[name] = f"balanced at no cost: 1 / factor is in the weights of {pairs[name]}"
+    return notes
 
 
 def fused_norms(graph: ModelGraph, config: CalibrationConfig) -> dict[str, str]:

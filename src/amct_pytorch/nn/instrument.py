@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 import torch
@@ -22,7 +22,7 @@ from amct_pytorch.graph.tensors import (
 from amct_pytorch.graph.trace import Operand
 from amct_pytorch.nn.fuse_norm import SkippedNorm, fuse_norm
 from amct_pytorch.nn.intercept import LayerCall
-from amct_pytorch.nn.wrapped import CompressedLayer, Wrapped, replace_modules
+from amct_pytorch.nn.wrapped import CompressedLayer, Wrapped, compressed_layers, replace_modules
 from amct_pytorch.observers.statistics import Agreement
 
 # A folded BatchNorm moves the result by its rounding, above 100 dB in float32; each layer in
@@ -37,6 +37,7 @@ def instrument(
     names: Iterable[str],
     fused: Mapping[str, str],
     balance: Mapping[str, Tensor] = MappingProxyType({}),
+    rescale: Callable[[dict[str, CompressedLayer]], object] | None = None,
 ) -> nn.Module:
     """A copy of `model` in eval mode with each named layer made a `CompressedLayer`.
 
@@ -48,6 +49,7 @@ def instrument(
         fused: BatchNorm module to fold into each layer, by layer name; it is then skipped.
         balance: what the weights of each input channel are multiplied by and its inputs divided
             by, [in_channels] by layer name.
+        rescale: may change the layers in ways that leave the float result as it is.
 
     Raises:
         ModelError: a weight, bias or BatchNorm holds NaN or infinity, or the model cannot be
@@ -89,6 +91,8 @@ def instrument(
             layer.name, kind, module, weight, bias, layer.groups, factors
         )
     replace_modules(copied, replacements)
+    if rescale is not None:
+        rescale(compressed_layers(copied))
     same_db = min(SAME_DB.get(dtype, 60.0) for dtype in graph.trace.dtypes | {torch.float32})
     _check_same(original, _outputs(copy_sharing_weights(copied), inputs), same_db)
     return copied
