@@ -1,7 +1,11 @@
 """accuracy_based_auto_calibration: the search, its files, and what it refuses."""
 
 import json
+import logging
 import math
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +22,7 @@ from amct_pytorch.common.auto_calibration import (
 from amct_pytorch.errors import ArgumentTypeError, ArgumentValueError, CalibrationError
 from amct_pytorch.observers.statistics import Agreement
 
+HERE = Path(__file__).parent
 STEM = "accuracy_based_auto_calibration"
 LAYERS = 8
 BAD = ("layers.2", "layers.5")
@@ -188,6 +193,130 @@ def test_an_interrupted_search_goes_on_and_ends_alike():
     assert read("record")["trials"] == trials
     # The float model, and the trials that had not been run.
     assert len(again.evaluated) == 1 + len(trials) - 2
+
+
+SEARCH_IN_A_PROCESS = """
+import os, signal, sys
+sys.path.insert(0, {folder!r})
+import test_auto_calibration as here
+
+class Killed(here.Evaluator):
+    def evaluate(self, model):
+        if len(self.evaluated) == {trials}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().evaluate(model)
+
+here.search(Killed({least_db}))
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no such signal here")
+def test_a_killed_process_loses_no_trial():
+    plain = levels()
+    search(Evaluator(plain + 6))
+    final, trials = read("final_config"), read("record")["trials"]
+    for file in Path("out").iterdir():
+        file.unlink()
+    code = SEARCH_IN_A_PROCESS.format(folder=str(HERE), trials=3, least_db=plain + 6)
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
+    assert read("record")["trials"] == trials[:2]
+    again = Evaluator(plain + 6)
+    search(again)
+    assert read("final_config") == final
+    assert read("record")["trials"] == trials
+    assert len(again.evaluated) == 1 + len(trials) - 2
+
+
+class Clock:
+    """Time that passes only when something is evaluated."""
+
+    now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+
+def test_the_best_so_far_is_saved_when_time_is_up(monkeypatch, caplog):
+    plain = levels()
+    search(Evaluator(plain + 6))
+    needed = read("final_config")
+    for file in Path("out").iterdir():
+        file.unlink()
+    clock = Clock()
+
+    class Timed(Evaluator):
+        def evaluate(self, model):
+            clock.now += 10.0
+            return super().evaluate(model)
+
+    monkeypatch.setattr("amct_pytorch.flows.auto_calibration.time", clock)
+    with caplog.at_level(logging.WARNING):
+        search(Timed(plain + 6), time_budget=35)
+    assert (
+        "time_budget: the search ends before it was done; layers in float so far: 4" in caplog.text
+    )
+    # All quantized, then the worse half in float, which is enough; a fourth evaluation
+    # would have taken 40 s.
+    assert [trial["accepted"] for trial in read("record")["trials"]] == [False, True]
+    final = read("final_config")
+    layers = {name: layer for name, layer in final.items() if name.startswith("layers.")}
+    off = {name for name, layer in layers.items() if not layer["quant_enable"]}
+    assert off == set(read("record")["trials"][1]["rolled_back"])
+    assert Path("out/net_deploy_model.onnx").exists()
+    # With time, the same call goes on from there.
+    again = Timed(plain + 6)
+    search(again)
+    assert read("final_config") == needed
+    assert len(again.evaluated) == 1 + len(read("record")["trials"]) - 2
+
+
+def test_nothing_is_written_when_time_is_up_before_anything_was_good_enough(monkeypatch, caplog):
+    clock = Clock()
+
+    class Timed(Evaluator):
+        def evaluate(self, model):
+            clock.now += 10.0
+            return super().evaluate(model)
+
+    monkeypatch.setattr("amct_pytorch.flows.auto_calibration.time", clock)
+    search(Timed(1000.0), time_budget=25)
+    assert "no trial was good enough within the time_budget of 25 s" in caplog.text
+    assert not Path("out/net_deploy_model.onnx").exists()
+
+
+@pytest.mark.parametrize("budget", [0, -1, True, "1", float("nan")])
+def test_wrong_budgets_are_told(budget):
+    with pytest.raises(ArgumentValueError, match=r"time_budget is .*seconds above 0"):
+        search(Evaluator(0.0), time_budget=budget)
+
+
+def test_layers_that_were_balanced_and_learned_go_back_to_float_as_they_were():
+    amct.create_quant_config("config.json", network(), images(1)[0], batch_num=2)
+    config = json.loads(Path("config.json").read_text())
+    for name, layer in config.items():
+        if name.startswith("layers."):
+            layer["weight_quant_params"] = {"wts_algo": "ada_quantize", "num_bits": 4,
+                                            "num_iteration": 10, "channel_wise": True}  # fmt: skip
+            if name not in BAD:
+                layer["dmq_balancer_param"] = 0.5
+    Path("config.json").write_text(json.dumps(config))
+    model = network()
+    amct.quantize_preprocess("config.json", "record.txt", model, images(1)[0])(images(1)[0])
+    # More than 4 bits can give: the best layer alone stays quantized, or none.
+    evaluator = Evaluator(-math.inf)
+    search(evaluator)
+    plain = evaluator.evaluated[1]
+    evaluator = Evaluator(plain + 12)
+    search(evaluator)
+    trials = read("record")["trials"]
+    assert trials[-1]["metric"] > plain
+    session = amct.DeploySession("out/net_deploy_model.onnx")
+    name = session.get_inputs()[0].name
+    found = evaluator.outputs(lambda x: session.run(None, {name: x.numpy()})[0])
+    saved = Agreement.between(evaluator.outputs(evaluator.net), found).sqnr_db
+    accepted = [trial["metric"] for trial in trials if trial["accepted"]]
+    assert min(abs(saved - metric) for metric in accepted) < 0.01
 
 
 def test_another_target_judges_the_same_trials_anew():

@@ -69,6 +69,8 @@ def accuracy_based_auto_calibration(
     dynamic_axes: DynamicAxes | None = None,
     strategy: str | AutoCalibrationStrategyBase = "BinarySearch",
     sensitivity: str | SensitivityBase = "CosineSimilarity",
+    *,
+    time_budget: float | None = None,
 ) -> None:
     """Finds a config that meets the user's accuracy by rolling sensitive layers back to float.
 
@@ -97,6 +99,9 @@ def accuracy_based_auto_calibration(
         strategy: ``BinarySearch``, or an instance of a subclass of
             `AutoCalibrationStrategyBase`.
         sensitivity: ``CosineSimilarity``, or an instance of a subclass of `SensitivityBase`.
+        time_budget: seconds, ours: after them no further trial begins, nor one that would
+            take the search beyond them if it took as long as the last one. The best config that
+            was good enough until then is saved; the same call goes on. None: no limit.
 
     Raises:
         AmctError: naming the argument, file or layer, what was found and what is allowed.
@@ -105,13 +110,20 @@ def accuracy_based_auto_calibration(
     _check_instance(model_evaluator, AutoCalibrationEvaluatorBase, "model_evaluator", {})
     chosen = _check_instance(strategy, AutoCalibrationStrategyBase, "strategy", STRATEGIES)
     measure = _check_instance(sensitivity, SensitivityBase, "sensitivity", SENSITIVITIES)
+    if time_budget is not None and not _is_positive(time_budget):
+        raise ArgumentValueError(
+            f"time_budget is {shown(time_budget)}; allowed: a number of seconds above 0, or None"
+        )
     files = _Files.of(save_dir)
     check_writable(record_file, "record_file")
     check_distinct(config_file=config_file, record_file=record_file)
     with tempfile.TemporaryDirectory() as scratch:
         onnx_file, scratch_record = Path(scratch) / "modified.onnx", Path(scratch) / "record.txt"
         names = (input_names, output_names, dynamic_axes)
-        search = _Search(model_evaluator, measure, files)
+        if Path(record_file).exists():
+            # It may hold balance factors (quantize_preprocess).
+            scratch_record.write_bytes(Path(record_file).read_bytes())
+        search = _Search(model_evaluator, measure, files, time_budget)
         prepared = prepare(
             config_file, onnx_file, scratch_record, model, input_data, names, search.calibrated,
             all_outputs=True,
@@ -119,10 +131,12 @@ def accuracy_based_auto_calibration(
         search.calibrate(prepared, copy_model(model))
         kept = search.run(chosen)
         if kept is None:
-            logger.warning(
-                "no model is written: with all layers but the last rolled back, the accuracy is "
-                "still not met; see %s", files.trials,
-            )  # fmt: skip
+            reason = (
+                f"no trial was good enough within the time_budget of {time_budget} s"
+                if search.out_of_time
+                else "with all layers but the last rolled back, the accuracy is still not met"
+            )
+            logger.warning("no model is written: %s; see %s", reason, files.trials)
             return
         config = search.save_calibration(kept)
         save_model(onnx_file, scratch_record, save_dir)
@@ -180,6 +194,10 @@ class _Search:
         evaluator: the user's.
         measure: what layers are ranked by.
         files: where the trials are kept.
+        time_budget: seconds from now, or None.
+
+    Attributes:
+        out_of_time: whether the search ended because of it.
     """
 
     _prepared: Prepared
@@ -190,8 +208,15 @@ class _Search:
     _identity: str
 
     def __init__(
-        self, evaluator: AutoCalibrationEvaluatorBase, measure: SensitivityBase, files: _Files
+        self,
+        evaluator: AutoCalibrationEvaluatorBase,
+        measure: SensitivityBase,
+        files: _Files,
+        time_budget: float | None,
     ) -> None:
+        self.out_of_time = False
+        self._deadline = None if time_budget is None else time.perf_counter() + time_budget
+        self._trial_seconds = 0.0
         self._evaluator = evaluator
         self._measure = measure
         self._files = files
@@ -252,6 +277,13 @@ class _Search:
                     "strategy: update_quant_config rolls back every layer and does not stop; "
                     "nothing would be left to quantize"
                 )
+            if self._no_time_for(kept):
+                self.out_of_time = True
+                logger.warning(
+                    "time_budget: the search ends before it was done; layers in float so far: %s",
+                    len(everything) - len(accepted[-1]) if accepted else "none were enough",
+                )
+                return accepted[-1] if accepted else None
             verdict = self._try(kept)
             if verdict[0]:
                 accepted.append(kept)
@@ -260,9 +292,21 @@ class _Search:
             f"{TRIALS_A_LAYER * len(everything) + 1} trials for {len(everything)} layers"
         )
 
+    def _no_time_for(self, kept: frozenset[str]) -> bool:
+        if self._deadline is None or self._is_known(self._rolled_back(kept)):
+            return False
+        return time.perf_counter() + self._trial_seconds > self._deadline
+
+    def _rolled_back(self, kept: frozenset[str]) -> list[str]:
+        return [name for name in self._result.operands if name not in kept]
+
+    def _is_known(self, rolled_back: list[str]) -> bool:
+        trials = (*self._trials, *self._known)
+        return any(trial["rolled_back"] == rolled_back for trial in trials)
+
     def _try(self, kept: frozenset[str]) -> tuple[bool, float]:
         """Evaluates the model with some layers quantized, unless an earlier run did."""
-        rolled_back = [name for name in self._result.operands if name not in kept]
+        rolled_back = self._rolled_back(kept)
         for trial in self._trials:
             if trial["rolled_back"] == rolled_back:
                 return bool(trial["accepted"]), float(trial["loss"])
@@ -273,8 +317,8 @@ class _Search:
         self._activate(kept)
         started = time.perf_counter()
         metric = self._evaluator.evaluate(self._prepared.model)
-        seconds = time.perf_counter() - started
-        logger.info("trial with %d layers in float: %.1f s", len(rolled_back), seconds)
+        self._trial_seconds = time.perf_counter() - started
+        logger.info("trial with %d layers in float: %.1f s", len(rolled_back), self._trial_seconds)
         return self._judge(rolled_back, metric)
 
     def _judge(self, rolled_back: list[str], metric: Any) -> tuple[bool, float]:
@@ -371,6 +415,10 @@ class _Search:
         }
         text = json.dumps(content, indent=4)
         write_whole(self._files.trials, text.encode(), what="save_dir", announce=False)
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
 
 
 def _survives_json(value: Any) -> bool:
