@@ -43,6 +43,7 @@ from amct_pytorch.logs import logger, start_logging
 from amct_pytorch.nn.intercept import LayerCall
 from amct_pytorch.nn.simulate import IntegerOperands, Simulate, without_autograd
 from amct_pytorch.nn.wrapped import CompressedLayer, Stage, compressed_layers
+from amct_pytorch.processes import world_size
 from amct_pytorch.record.fingerprint import fingerprint
 from amct_pytorch.report.ledger import output_entry
 
@@ -110,6 +111,10 @@ def accuracy_based_auto_calibration(
     _check_instance(model_evaluator, AutoCalibrationEvaluatorBase, "model_evaluator", {})
     chosen = _check_instance(strategy, AutoCalibrationStrategyBase, "strategy", STRATEGIES)
     measure = _check_instance(sensitivity, SensitivityBase, "sensitivity", SENSITIVITIES)
+    if world_size() > 1:
+        raise CalibrationError(
+            f"accuracy_based_auto_calibration runs in one process; there are {world_size()}"
+        )
     if time_budget is not None and not _is_positive(time_budget):
         raise ArgumentValueError(
             f"time_budget is {shown(time_budget)}; allowed: a number of seconds above 0, or None"

@@ -27,6 +27,7 @@ from amct_pytorch.nn.reconstruct import FloatRows, Reconstruct, Reconstruction
 from amct_pytorch.nn.simulate import IntegerOperands, Simulate, integer_bias
 from amct_pytorch.nn.wrapped import compressed_layers
 from amct_pytorch.observers.statistics import LayerStatistics
+from amct_pytorch.processes import gathered, in_one_process, rank, world_size
 from amct_pytorch.record.factors import LayerFactors
 from amct_pytorch.report.ledger import OutputEntry, output_entry
 
@@ -60,6 +61,48 @@ class CalibrationResult:
     operands: dict[str, IntegerOperands]
     float_biases: dict[str, Tensor]
     rounded: dict[str, Reconstruction] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What the other processes need of the one that solved.
+
+    Attributes:
+        result: what it found.
+        biases: those that are deployed, by layer.
+    """
+
+    result: CalibrationResult
+    biases: dict[str, Tensor]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The others have the statistics, and make the operands anew.
+        return {
+            "result": replace(self.result, statistics={}, operands={}),
+            "biases": self.biases,
+        }
+
+
+def _share_of_batches(config: CalibrationConfig) -> int:
+    """How many of the config's batches this process is to run: every world_size-th one.
+
+    Raises:
+        CalibrationError: there are fewer batches than processes, or ADA on several ones.
+    """
+    if world_size() == 1:
+        return config.batch_num
+    if config.batch_num < world_size():
+        raise CalibrationError(
+            f"batch_num is {config.batch_num} and there are {world_size()} processes; allowed: "
+            "at least one batch for each (batch_num counts those of all processes together)"
+        )
+    learned = list(_ada_settings(config))
+    if learned:
+        raise CalibrationError(
+            f"layer {learned[0]!r} asks for ada_quantize, which needs all batches in one process; "
+            f"there are {world_size()}"
+        )
+    return len(range(rank(), config.batch_num, world_size()))
 
 
 def _ada_settings(config: CalibrationConfig) -> dict[str, AdaSettings]:
@@ -103,6 +146,7 @@ class Calibration:
         self._model = model
         self._config = config
         self._layers = compressed_layers(model)
+        self._own_batches = _share_of_batches(config)
         self._example = str(example)
         self._finished = finished
         self._activations = activations
@@ -183,7 +227,7 @@ class Calibration:
             )
         self._in_batch = True
         self._started = time.perf_counter()
-        self._observe.last = self._observe.batch == self._config.batch_num - 1
+        self._observe.last = self._observe.batch == self._own_batches - 1
         if self._rows is not None:
             self._rows.keep_inputs(ModelInputs(args, kwargs))
         if self._observe.last:
@@ -195,7 +239,7 @@ class Calibration:
             return
         self._observe.batch += 1
         self._observing_seconds += time.perf_counter() - self._started
-        logger.info("calibration batch %d of %d", self._observe.batch, self._config.batch_num)
+        logger.info("calibration batch %d of %d", self._observe.batch, self._own_batches)
         if self._observe.last:
             self._finish(outputs)
         self._in_batch = False
@@ -206,12 +250,42 @@ class Calibration:
         try:
             # Tensors made under the caller's inference mode could not be changed later.
             with torch.inference_mode(False), torch.no_grad():
-                result = self._solve([t.detach() for t in tensors_in(outputs)])
+                result = self._solved_by_one([t.detach() for t in tensors_in(outputs)])
         finally:
             self._solving = False
-        self._finished(result)
+        in_one_process(lambda: self._finished(result), 0)
         for stop in self._stop_watching:
             stop()
+
+    def _solved_by_one(self, float_outputs: list[Tensor]) -> CalibrationResult:
+        """What one process finds from the statistics of all; each has it afterwards.
+
+        It is the one that ran the last batch, which the quantized network is checked on.
+        """
+        last = (self._config.batch_num - 1) % world_size()
+        if world_size() > 1:
+            everyone = gathered(self._observe.statistics)
+            merged = everyone[0]
+            for name, statistics in merged.items():
+                for other in everyone[1:]:
+                    statistics.merge(other[name])
+                statistics.output = everyone[last][name].output
+            self._observe.statistics = merged
+        found = in_one_process(lambda: self._found(float_outputs), last)
+        if rank() == last:
+            return found.result
+        with torch.no_grad():
+            for name, bias in found.biases.items():
+                self._layers[name].bias.copy_(bias)
+        factors = found.result.factors
+        operands = {n: IntegerOperands.of(self._layers[n], one) for n, one in factors.items()}
+        for layer in self._layers.values():
+            layer.stage = Simulate(operands)
+        return replace(found.result, statistics=self._observe.statistics, operands=operands)
+
+    def _found(self, float_outputs: list[Tensor]) -> _Found:
+        result = self._solve(float_outputs)
+        return _Found(result, {n: self._layers[n].bias.detach() for n in result.factors})
 
     def _solve(self, float_outputs: list[Tensor]) -> CalibrationResult:
         started = time.perf_counter()
@@ -305,7 +379,7 @@ class Calibration:
         changes = {}
         for name, found in operands.items():
             layer, mean_input = self._layers[name], self._observe.statistics[name].mean_input
-            if mean_input is None or layer.layout is None:
+            if mean_input is None or layer.layout is None or name not in self._observe.calls:
                 continue
             call = self._observe.calls[name]
             limit = bias_limit(found.bias_scale)

@@ -33,6 +33,7 @@ from amct_pytorch.memory import release_memory
 from amct_pytorch.nn.equalize import equalize, move_factors
 from amct_pytorch.nn.instrument import instrument
 from amct_pytorch.nn.wrapped import CompressedLayer, compressed_layers
+from amct_pytorch.processes import rank
 from amct_pytorch.record.fingerprint import fingerprint
 from amct_pytorch.record.record_file import RecordFile, read_record, write_record
 from amct_pytorch.report.ledger import Ledger
@@ -181,13 +182,15 @@ def prepare(
     instrumented = instrument(model, graph, inputs, enabled, fused, multiplied, rescale)
     release_memory()
     looked = time.perf_counter()
-    float_model = export_float(
-        instrumented,
-        inputs,
-        input_names=input_names,
-        output_names=output_names,
-        dynamic_axes=dynamic_axes,
-    )
+    float_model = None
+    if rank() == 0:  # of several processes, this one writes
+        float_model = export_float(
+            instrumented,
+            inputs,
+            input_names=input_names,
+            output_names=output_names,
+            dynamic_axes=dynamic_axes,
+        )
     gc.collect()  # The exporter's graphs are cycles.
     release_memory()
     seconds = {"look and fuse": looked - started, "export": time.perf_counter() - looked}
@@ -204,10 +207,12 @@ def prepare(
         inputs,
         lambda result: finished(prepared, result),
     )
-    # The ONNX model first: one that is not completed goes with no record.
-    with WholeFiles() as files:
-        save_onnx(float_model, onnx_path, what="modfied_onnx_file", files=files)
-        write_record(record_path, RecordFile(factors=calibration.initial_factors()), files=files)
+    if float_model is not None:
+        begun = RecordFile(factors=calibration.initial_factors())
+        # The ONNX model first: one that is not completed goes with no record.
+        with WholeFiles() as files:
+            save_onnx(float_model, onnx_path, what="modfied_onnx_file", files=files)
+            write_record(record_path, begun, files=files)
     del float_model
     release_memory()
     return prepared

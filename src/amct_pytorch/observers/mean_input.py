@@ -37,6 +37,15 @@ class MeanInput:
             self._sums[shape] = total
         self._items[shape] = self._items.get(shape, 0) + x.shape[0]
 
+    def merge(self, other: MeanInput) -> None:
+        """Adds what `other` has summed up."""
+        for shape, total in other._sums.items():
+            if shape in self._sums:
+                self._sums[shape] += total.to(self._sums[shape].device)
+            else:
+                self._sums[shape] = total.clone()
+            self._items[shape] = self._items.get(shape, 0) + other._items[shape]
+
     def means(self) -> list[tuple[Tensor, int]]:
         """Mean input [1, ...] and the number of items behind it, for each size seen."""
         return [

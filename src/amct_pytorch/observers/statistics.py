@@ -52,6 +52,14 @@ class LayerStatistics:
     mean_input: MeanInput | None = None
     output: Tensor | None = None
 
+    def merge(self, other: LayerStatistics) -> None:
+        """Adds what was observed on other batches, all but the sample of the last one."""
+        self.inputs.merge(other.inputs)
+        if self.outputs is not None and other.outputs is not None:
+            self.outputs.merge(other.outputs)
+        if self.mean_input is not None and other.mean_input is not None:
+            self.mean_input.merge(other.mean_input)
+
 
 @dataclass(frozen=True)
 class Agreement:

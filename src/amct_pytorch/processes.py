@@ -1,0 +1,91 @@
+"""Several processes that work on one thing (torch.distributed), whatever backend they use."""
+
+from __future__ import annotations
+
+import copyreg
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    """The number of this process; 0 where there is only one."""
+    return dist.get_rank() if _many() else 0
+
+
+def world_size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if _many() else 1
+
+
+def _many() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def gathered(value: T) -> list[T]:
+    """The value of every process, in the order of their ranks; all processes call this.
+
+    Tensors arrive on the CPU, except for one's own value, which is `value` itself.
+    """
+    if world_size() == 1:
+        return [value]
+    packed: list[Any] = [None] * world_size()
+    dist.all_gather_object(packed, _packed(value))
+    return [value if i == rank() else pickle.loads(data) for i, data in enumerate(packed)]
+
+
+def in_one_process(function: Callable[[], T], which: int) -> T:
+    """What a function returns in one of the processes; all processes call this.
+
+    Tensors arrive on the CPU, except in the process that runs the function.
+
+    Raises:
+        Whatever the function raises, in all processes.
+    """
+    if world_size() == 1:
+        return function()
+    box: list[Any] = [None]
+    value: Any = None
+    error: Exception | None = None
+    if rank() == which:
+        try:
+            value = function()
+            box = [_packed(value)]
+        except Exception as raised:
+            error = raised
+            box = [_packed((_Failed(), raised))]
+    dist.broadcast_object_list(box, src=which)
+    if error is not None:
+        raise error
+    if rank() != which:
+        value = pickle.loads(box[0])
+        if isinstance(value, tuple) and value and isinstance(value[0], _Failed):
+            raise value[1]
+    result: T = value
+    return result
+
+
+class _Failed:
+    """Stands before an error that another process raised."""
+
+
+def _packed(value: Any) -> bytes:
+    """Pickled, tensors as if they were on the CPU: another process may lack this one's device."""
+    buffer = io.BytesIO()
+    pickler = pickle.Pickler(buffer)
+    pickler.dispatch_table = copyreg.dispatch_table.copy()
+    pickler.dispatch_table[Tensor] = _reduced
+    pickler.dispatch_table[torch.nn.Parameter] = _reduced
+    pickler.dump(value)
+    return buffer.getvalue()
+
+
+def _reduced(tensor: Tensor) -> Any:
+    return tensor.detach().cpu().clone().__reduce_ex__(2)
