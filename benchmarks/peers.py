@@ -35,6 +35,7 @@ ENVIRONMENTS: dict[str, list[list[str]]] = {
     "nncf": [["nncf==3.4.0", "onnx", ONNXRUNTIME]],
     "quanto": [[TORCH], ["optimum-quanto==0.2.7"], NETWORK],
     "torchao": [[TORCH], ["torchao==0.18.0", "onnx", "onnxscript", ONNXRUNTIME], NETWORK],
+    "mct": [[TORCH], ["model-compression-toolkit==2.6.1"], NETWORK],
     # ModelOpt's onnx extra asks for GPU builds; these are the parts of it that a CPU needs, and
     # the two packages that it imports without naming them.
     "modelopt": [
@@ -95,6 +96,7 @@ FLOORS = [
 ]
 OURS = [
     Contender("amct", "**amct_pytorch**", "amct_ptq.py"),
+    Contender("amct-ada", "**amct_pytorch**, ADA", "amct_ptq.py", arguments=("--ada", "200")),
     Contender(
         "amct-32-batches",
         "amct_pytorch, batch_num 32 (8 × the data)",
@@ -122,6 +124,7 @@ PEERS = [
     Contender("modelopt-torch", "ModelOpt (torch)", "modelopt_torch.py", "modelopt"),
     Contender("torchao", "torchao PT2E, x86 quantizer", "torchao_pt2e.py", "torchao"),
     Contender("quanto", "optimum-quanto", "quanto_torch.py", "quanto"),
+    Contender("mct", "Sony MCT (simulated)", "mct_torch.py", "mct"),
 ]
 
 

@@ -1,15 +1,31 @@
 """Ours: create_quant_config, quantize_model, the forward passes, save_model, deploy_to_qdq."""
 
+import json
+from pathlib import Path
+
 import logits
 import torch
-from contract import Job
+from contract import Job, arguments
 from real_models import efficientnet_lite0
 
 import amct_pytorch as amct
 
 
+def ask_for_ada(config: str, iterations: int) -> None:
+    """ADA for all layers of a config."""
+    document = json.loads(Path(config).read_text())
+    for layer in document.values():
+        if isinstance(layer, dict):
+            learned = {"wts_algo": "ada_quantize", "num_iteration": iterations}
+            layer["weight_quant_params"] |= learned
+    Path(config).write_text(json.dumps(document))
+
+
 def main() -> None:
-    job = Job()
+    parser = arguments()
+    parser.add_argument("--ada", type=int, help="round by ADA, with so many steps of learning")
+    given = parser.parse_args()
+    job = Job(given)
     torch.set_num_threads(1)
     model = efficientnet_lite0()
     batches = [torch.from_numpy(batch) for batch in job.calibration_batches()]
@@ -23,6 +39,8 @@ def main() -> None:
     with job.call():
         with job.phase("create_quant_config"):
             amct.create_quant_config(config, model, batches[0], batch_num=len(batches))
+        if given.ada is not None:
+            ask_for_ada(config, given.ada)
         with job.phase("quantize_model"):
             calibrated = amct.quantize_model(
                 config,

@@ -37,7 +37,7 @@ from amct_pytorch.record.factors import FORCE_FP16, LayerFactors
 from amct_pytorch.spill import Spill
 
 # Rows of a layer's input, from all batches together.
-ROW_BYTES = 2**27
+ROW_BYTES = 2**26
 MOST_ROWS, FEWEST_ROWS = 8192, 512
 # The product of matrices and the layer's own call differ by float32 rounding.
 SAME = 1e-3
