@@ -237,22 +237,28 @@ class Clock:
         return self.now
 
 
-def test_the_best_so_far_is_saved_when_time_is_up(monkeypatch, caplog):
-    plain = levels()
-    search(Evaluator(plain + 6))
-    needed = read("final_config")
-    for file in Path("out").iterdir():
-        file.unlink()
+def timed_evaluator(monkeypatch):
+    """A class of evaluators for which each evaluation takes 10 s of a clock of its own."""
     clock = Clock()
+    monkeypatch.setattr("amct_pytorch.flows.auto_calibration.time", clock)
 
     class Timed(Evaluator):
         def evaluate(self, model):
             clock.now += 10.0
             return super().evaluate(model)
 
-    monkeypatch.setattr("amct_pytorch.flows.auto_calibration.time", clock)
+    return Timed
+
+
+def test_the_best_so_far_is_saved_when_time_is_up(monkeypatch, caplog):
+    plain = levels()
+    search(Evaluator(plain + 6))
+    needed = read("final_config")
+    for file in Path("out").iterdir():
+        file.unlink()
+    timed = timed_evaluator(monkeypatch)
     with caplog.at_level(logging.WARNING):
-        search(Timed(plain + 6), time_budget=35)
+        search(timed(plain + 6), time_budget=35)
     assert (
         "time_budget: the search ends before it was done; layers in float so far: 4" in caplog.text
     )
@@ -265,22 +271,15 @@ def test_the_best_so_far_is_saved_when_time_is_up(monkeypatch, caplog):
     assert off == set(read("record")["trials"][1]["rolled_back"])
     assert Path("out/net_deploy_model.onnx").exists()
     # With time, the same call goes on from there.
-    again = Timed(plain + 6)
+    again = timed(plain + 6)
     search(again)
     assert read("final_config") == needed
     assert len(again.evaluated) == 1 + len(read("record")["trials"]) - 2
 
 
 def test_nothing_is_written_when_time_is_up_before_anything_was_good_enough(monkeypatch, caplog):
-    clock = Clock()
-
-    class Timed(Evaluator):
-        def evaluate(self, model):
-            clock.now += 10.0
-            return super().evaluate(model)
-
-    monkeypatch.setattr("amct_pytorch.flows.auto_calibration.time", clock)
-    search(Timed(1000.0), time_budget=25)
+    timed = timed_evaluator(monkeypatch)
+    search(timed(1000.0), time_budget=25)
     assert "no trial was good enough within the time_budget of 25 s" in caplog.text
     assert not Path("out/net_deploy_model.onnx").exists()
 

@@ -161,3 +161,55 @@ def test_a_forward_that_keeps_state_is_not_mixed_up_between_batches() -> None:
     with torch.no_grad():
         y, wanted = quantized(batches[2]), model(batches[2])
     assert float((y - wanted).norm() / wanted.norm()) < 0.05
+
+
+class Branches(nn.Module):
+    """Goes another way for small batches, and takes a mask of bool."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(2, 4, 3, padding=1)
+        self.pool = nn.AvgPool2d(2)
+        self.a, self.b, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = self.pool(torch.relu(self.stem(x))).mean((2, 3)) * mask
+        x = self.a(x) if len(x) > 4 else self.b(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_branches_pools_other_types_and_half_precision(dtype: torch.dtype) -> None:
+    torch.manual_seed(2)
+    model = Branches().eval().to(dtype)
+    masks = [torch.tensor([[True, False, True, True]]) for _ in range(4)]
+    sizes = (8, 3, 8, 3)
+    batches = [(torch.randn(n, 2, 6, 6).to(dtype), m) for n, m in zip(sizes, masks, strict=True)]
+    config(model, batches[0], 4, num_iteration=5)
+    quantized = amct.quantize_model("config.json", "m.onnx", "record.txt", model, batches[0])
+    with torch.no_grad():
+        for batch in batches:
+            quantized(*batch)
+        for batch in batches[:2]:
+            y, wanted = quantized(*batch).float(), model(*batch).float()
+            assert float((y - wanted).norm() / wanted.norm()) < 0.1
+    amct.save_model("m.onnx", "record.txt", "net")
+    layers = json.loads(Path("net_ledger.json").read_text())["layers"]
+    notes = {layer["name"]: json.dumps(layer["notes"]) for layer in layers}
+    assert "ADA: error" in notes["stem"] and "ADA: error" in notes["head"]
+    assert "ADA is for Conv2d, ConvTranspose2d, Linear" in notes["pool"]
+
+
+def test_nothing_is_left_of_the_inputs_that_were_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(kept))
+    model, batches = chain()
+    config(model, (batches[0],), 2, num_iteration=5)
+    quantized = amct.quantize_model("config.json", "m.onnx", "record.txt", model, batches[0])
+    for batch in batches:
+        quantized(batch)
+    assert f"are kept in {kept}" in Path("amct_log/amct_pytorch.log").read_text()
+    assert not any(kept.rglob("*"))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from amct_pytorch.config.models import CalibrationConfig
+from amct_pytorch.config.models import AdaParams, CalibrationConfig
 from amct_pytorch.flows.calibration import CalibrationResult
 from amct_pytorch.graph.layers import LAYER_KINDS, SeenLayer
 from amct_pytorch.graph.look import ModelGraph
-from amct_pytorch.nn.reconstruct import Reconstruction
+from amct_pytorch.nn.reconstruct import ADA_KINDS, Reconstruction
 from amct_pytorch.report.ledger import LayerEntry, Ledger, decibels
 
 
@@ -32,7 +32,7 @@ def calibration_ledger(
         seconds: wall time of each step.
     """
     entries = [
-        _quantized(layer, fused, notes, result)
+        _quantized(layer, config, fused, notes, result)
         if layer.name in result.factors
         else _left_alone(layer, config, result)
         for layer in graph.layers
@@ -73,6 +73,7 @@ def _left_alone(
 
 def _quantized(
     layer: SeenLayer,
+    config: CalibrationConfig,
     fused: Mapping[str, str],
     notes: Mapping[str, str],
     result: CalibrationResult,
@@ -99,6 +100,8 @@ def _quantized(
     learned = result.rounded.get(layer.name)
     if learned is not None:
         entry.notes.append(_told_of_ada(learned))
+    elif isinstance(config.layers[layer.name].weight_quant_params, AdaParams):
+        entry.notes.append(f"ADA is for {', '.join(sorted(ADA_KINDS))}; rounded to the nearest")
     if factors.balance:
         low, high = min(factors.balance), max(factors.balance)
         entry.notes.append(

@@ -39,6 +39,7 @@ from amct_pytorch.spill import Spill
 # Rows of a layer's input, from all batches together.
 ROW_BYTES = 2**26
 MOST_ROWS, FEWEST_ROWS = 8192, 512
+ADA_KINDS = frozenset({"Linear", "Conv2d", "ConvTranspose2d"})
 # The product of matrices and the layer's own call differ by float32 rounding.
 SAME = 1e-3
 
@@ -93,6 +94,10 @@ class FloatRows:
         positions = choose_positions(y, axis, self._numbers[layer.name], seed)
         rows = self._spill.keep(output_rows(y, positions, axis).float())
         self._taken[layer.name, batch] = (positions, rows)
+
+    def has(self, name: str, batch: int) -> bool:
+        """Whether the layer ran in the float network on this batch."""
+        return (name, batch) in self._taken
 
     def of(self, name: str, batch: int) -> tuple[Tensor, Tensor]:
         """Positions, and float32 outputs [positions, channels] there."""
@@ -151,7 +156,8 @@ class _Walk(Stage):
         """The quantized result; the float one for a layer without operands."""
         if layer.name not in self._operands:
             return layer.float_result(call)
-        if layer.name in self._wanted:
+        # A forward that branches on its data may go another way here than in float.
+        if layer.name in self._wanted and self._rows.has(layer.name, self._batch):
             self._lockstep.arrive(layer.name, lambda: self._bring(layer, call))
         return self._operands[layer.name].run(layer, call)
 
