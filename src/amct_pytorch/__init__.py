@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from amct_pytorch.export.deploy_session import DeploySession
     from amct_pytorch.export.qdq import deploy_to_qdq
     from amct_pytorch.flows.auto_calibration import accuracy_based_auto_calibration
+    from amct_pytorch.flows.balancing import quantize_preprocess
     from amct_pytorch.flows.block_calibration import calibrate_blocks
     from amct_pytorch.flows.converted_files import load_converted, save_converted
     from amct_pytorch.flows.decomposition import auto_decomposition, decompose_network

@@ -51,29 +51,21 @@ def in_one_process(function: Callable[[], T], which: int) -> T:
     """
     if world_size() == 1:
         return function()
-    box: list[Any] = [None]
     value: Any = None
     error: Exception | None = None
     if rank() == which:
         try:
             value = function()
-            box = [_packed(value)]
         except Exception as raised:
             error = raised
-            box = [_packed((_Failed(), raised))]
+    box: list[Any] = [_packed((value, error)) if rank() == which else None]
     dist.broadcast_object_list(box, src=which)
+    if rank() != which:
+        value, error = pickle.loads(box[0])
     if error is not None:
         raise error
-    if rank() != which:
-        value = pickle.loads(box[0])
-        if isinstance(value, tuple) and value and isinstance(value[0], _Failed):
-            raise value[1]
     result: T = value
     return result
-
-
-class _Failed:
-    """Stands before an error that another process raised."""
 
 
 def _packed(value: Any) -> bytes:

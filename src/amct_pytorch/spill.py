@@ -6,7 +6,6 @@ import contextlib
 import os
 import tempfile
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from amct_pytorch.logs import logger
 
 
 class Spill:
-    """A temporary folder of tensors, gone when the context ends, the process dies or is killed.
+    """A temporary folder of tensors, gone when it is closed, the process dies or is killed.
 
     Each file loses its name as soon as it is mapped into memory, where the system allows that,
     so that nothing needs to be cleaned up. TMPDIR says where the folder is.
@@ -25,17 +24,6 @@ class Spill:
         self._what = what
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._number = 0
-
-    def __enter__(self) -> Spill:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Removes the folder; tensors that are still held stay readable where names are gone."""

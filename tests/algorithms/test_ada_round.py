@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -23,7 +25,7 @@ def unit(
     size: int = 24,
     channels: int = 10,
     rows: int = 600,
-    activation: object = None,
+    activation: Callable[[Tensor], Tensor] | None = None,
     seed: int = 0,
 ) -> Unit:
     """Correlated inputs, whose noise stands for the quantized layers before."""
@@ -34,7 +36,7 @@ def unit(
     bias = torch.randn(groups * channels, generator=g)
     targets = (x @ weight).transpose(0, 1).flatten(1) + bias
     noisy = x + 0.02 * torch.randn(x.shape, generator=g) * x.std()
-    return Unit(noisy, targets, weight, bias, activation)  # type: ignore[arg-type]
+    return Unit(noisy, targets, weight, bias, activation)
 
 
 def spanning(one: Unit, fmt: IntFormat) -> Tensor:
@@ -58,7 +60,7 @@ SHAPES = {
 @pytest.mark.parametrize("activation", [None, F.relu, F.relu6, F.gelu, torch.tanh])
 @pytest.mark.parametrize("fmt", [INT4, INT8], ids=["int4", "int8"])
 def test_error_is_what_is_told_and_well_below_nearest_rounding(
-    shape: str, activation: object, fmt: IntFormat
+    shape: str, activation: Callable[[Tensor], Tensor] | None, fmt: IntFormat
 ) -> None:
     one = unit(**SHAPES[shape], activation=activation)
     scale = spanning(one, fmt)

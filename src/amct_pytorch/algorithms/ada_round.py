@@ -71,13 +71,11 @@ def ada_round(
         settings: of the learning.
     """
     shrinks = SHRINKS if fmt.bits > LOW_BITS else LOW_BIT_SHRINKS
-    best = _Choice.of(unit, scale, fmt.round(unit.weight / unit.per_channel(scale)))
+    best = _Choice.of(unit, scale, unit.nearest(scale, fmt))
     own_bias = unit.outputs(best.steps * unit.per_channel(scale)) + unit.bias
     error_nearest = float((unit.errors(own_bias) / unit.power).mean())
     shrunk = _best_scale(unit, scale, least_scale, fmt, shrinks)
-    best = best.or_better(
-        unit, _Choice.of(unit, shrunk, fmt.round(unit.weight / unit.per_channel(shrunk)))
-    )
+    best = best.or_better(unit, _Choice.of(unit, shrunk, unit.nearest(shrunk, fmt)))
     fed_scale, fed = round_with_feedback(unit, fmt, shrinks, one_scale=scale.numel() == 1)
     allowed = fed_scale >= least_scale
     if scale.numel() > 1 or bool(allowed):
@@ -161,7 +159,7 @@ def _best_scale(
     best, least = spanning, None
     for shrink in shrinks:
         scale = torch.maximum(spanning * shrink, least_scale)
-        weight = fmt.round(unit.weight / unit.per_channel(scale)) * unit.per_channel(scale)
+        weight = unit.nearest(scale, fmt) * unit.per_channel(scale)
         y = unit.outputs(weight, rows)
         # A shift of the mean is what the bias is for.
         error = unit.errors(y + (targets - y).mean(0), rows) + unit.ridge(weight)

@@ -9,6 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from amct_pytorch.formats import IntFormat
+
 # A channel that is constant has errors in units of this part of the others' mean power.
 LEAST_POWER = 1e-6
 
@@ -89,6 +91,10 @@ class Unit:
         if values.numel() == 1:
             return values.reshape(1, 1, 1)
         return values.reshape(self.weight.shape[0], 1, -1)
+
+    def nearest(self, scale: Tensor, fmt: IntFormat) -> Tensor:
+        """The weight in units of a scale [channels] or [1], rounded to the nearest."""
+        return fmt.round(self.weight / self.per_channel(scale))
 
     def some_rows(self, number: int) -> slice:
         """At least so many rows at even distances, or all."""

@@ -19,8 +19,7 @@ ROWS = 1024
 def quantized(x: Tensor, scale: float, offset: int, fmt: IntFormat) -> Tensor:
     """Real values of what `x` is quantized to, as the deploy model does it."""
     inverse = float(torch.tensor(1.0) / torch.tensor(scale))
-    low, high = fmt.qmin - offset, fmt.qmax - offset
-    return torch.mul(x, inverse).round_().clamp_(low, high).mul_(scale)
+    return fmt.steps_by_inverse(x, inverse, offset).mul_(scale)
 
 
 def best_range(

@@ -56,7 +56,7 @@ def round_with_feedback(
     steps = torch.stack([result.codes.T.float() for result in solved])
     if one_scale and len(solved) > 1:
         scale = scales.amax().reshape(1)
-        return scale, fmt.round(unit.weight / scale)
+        return scale, unit.nearest(scale, fmt)
     return scales, steps
 
 

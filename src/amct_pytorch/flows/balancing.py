@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from amct_pytorch.algorithms.balance import input_channel_maxima
 from amct_pytorch.algorithms.smoothquant import smooth_factors
 from amct_pytorch.config.calibration_json import load_calibration_json
-from amct_pytorch.config.models import CalibrationConfig
 from amct_pytorch.errors import CalibrationError, ConfigError
 from amct_pytorch.files import PathLike, check_distinct, check_writable
 from amct_pytorch.flows.arguments import public_call
@@ -83,7 +82,7 @@ def quantize_preprocess(
     held = read_record(record_path) if record_path.exists() else RecordFile()
     fused = {name: norm for name, norm in fused_norms(graph, config).items() if name in wanted}
     prepared = instrument(model, graph, inputs, list(wanted), fused)
-    _Balancing(prepared, config, wanted, held, record_path)
+    _Balancing(prepared, wanted, held, record_path)
     return prepared
 
 
@@ -93,12 +92,10 @@ class _Balancing(Stage):
     def __init__(
         self,
         model: nn.Module,
-        config: CalibrationConfig,
         strengths: dict[str, float],
         held: RecordFile,
         record_path: Path,
     ) -> None:
-        self._config = config
         self._strengths = strengths
         self._held = held
         self._record_path = record_path

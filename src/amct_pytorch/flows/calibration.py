@@ -96,7 +96,7 @@ def _share_of_batches(config: CalibrationConfig) -> int:
             f"batch_num is {config.batch_num} and there are {world_size()} processes; allowed: "
             "at least one batch for each (batch_num counts those of all processes together)"
         )
-    learned = list(_ada_settings(config))
+    learned = list(ada_settings(config))
     if learned:
         raise CalibrationError(
             f"layer {learned[0]!r} asks for ada_quantize, which needs all batches in one process; "
@@ -105,7 +105,7 @@ def _share_of_batches(config: CalibrationConfig) -> int:
     return len(range(rank(), config.batch_num, world_size()))
 
 
-def _ada_settings(config: CalibrationConfig) -> dict[str, AdaSettings]:
+def ada_settings(config: CalibrationConfig) -> dict[str, AdaSettings]:
     """What the config asks of ADA, by layer."""
     found = {}
     for name, layer in config.enabled_layers().items():
@@ -153,7 +153,7 @@ class Calibration:
         self._balance = balance
         self._ada = {
             name: settings
-            for name, settings in _ada_settings(config).items()
+            for name, settings in ada_settings(config).items()
             if self._layers[name].kind.name in ADA_KINDS
         }
         learned = {name: self._layers[name] for name in self._ada}

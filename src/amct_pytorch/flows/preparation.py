@@ -20,7 +20,7 @@ from amct_pytorch.config.layer_rules import with_packable_weights
 from amct_pytorch.config.models import CalibrationConfig
 from amct_pytorch.errors import ConfigError, RecordError
 from amct_pytorch.files import PathLike, WholeFiles, check_distinct, check_writable
-from amct_pytorch.flows.calibration import Calibration, CalibrationResult
+from amct_pytorch.flows.calibration import Calibration, CalibrationResult, ada_settings
 from amct_pytorch.flows.calibration_ledger import calibration_ledger
 from amct_pytorch.graph.activations import following_activations
 from amct_pytorch.graph.layers import LAYER_KINDS
@@ -171,7 +171,8 @@ def prepare(
         raise ConfigError(f"{config_file}: no layer is enabled; {nothing_to_quantize(graph)}")
     fused = fused_norms(graph, config)
     balance = balance_factors(config, graph, record_path)
-    pairs = scalable_pairs(graph, enabled, fused)
+    moves = config.cross_layer_equalization or balance
+    pairs = scalable_pairs(graph, enabled, fused) if moves else {}
     tensors = {name: torch.tensor(factors) for name, factors in balance.items()}
     multiplied = {name: factors for name, factors in tensors.items() if name not in pairs}
     told = dict(notes)
@@ -202,7 +203,7 @@ def prepare(
         instrumented,
         config,
         with_outputs,
-        following_activations(graph, enabled, fused, instrumented),
+        following_activations(graph, ada_settings(config), fused, instrumented),
         balance,
         inputs,
         lambda result: finished(prepared, result),

@@ -143,6 +143,11 @@ class IntFormat(NumberFormat):
         """
         return torch.round(x * inverse_scale).add_(offset).clamp_(self.qmin, self.qmax)
 
+    def steps_by_inverse(self, x: Tensor, inverse_scale: float, offset: int) -> Tensor:
+        """q - offset with q of `quantize_by_inverse`, for one scale and in one buffer, float32."""
+        steps = torch.mul(x.float(), inverse_scale).round_()
+        return steps.clamp_(self.qmin - offset, self.qmax - offset)
+
     def dequantize(self, q: Tensor, scale: Tensor, offset: Tensor | int = 0) -> Tensor:
         """The real values (q - offset) * scale that integer values stand for."""
         return (q - offset) * scale

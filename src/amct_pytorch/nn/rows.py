@@ -6,8 +6,6 @@ layers are several such products, one for each group.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -165,7 +163,7 @@ def _pair(value: object) -> tuple[int, int]:
 
 def row_values(layer: CompressedLayer) -> int:
     """Number of values in one row of inputs, over all groups."""
-    per_output = math.prod(layer.weight.shape[1:])
+    weight = layer.weight
     if layer.kind.transposed:
-        per_output = layer.weight.numel() // layer.weight.shape[1] // layer.groups
-    return per_output * layer.groups
+        return weight.numel() // weight.shape[1]
+    return weight[0].numel() * layer.groups

@@ -74,9 +74,8 @@ class IntegerOperands:
         )
 
     def quantized_input(self, x: Tensor) -> Tensor:
-        """(q - offset) of the input in one buffer: rounding, then clipping shifted bounds."""
-        q = torch.mul(x.float(), self.inverse_scale).round_()
-        return q.clamp_(self.activation.qmin - self.offset, self.activation.qmax - self.offset)
+        """(q - offset) of the input."""
+        return self.activation.steps_by_inverse(x, self.inverse_scale, self.offset)
 
     def run(self, layer: CompressedLayer, call: LayerCall) -> Tensor:
         """The call's result, in the type that it has in the float network."""
