@@ -15,12 +15,12 @@ from amct_pytorch.config.layer_rules import (
     allowed_inputs,
     allowed_weights,
     configurable,
-    unknown_layer,
     unknown_modules,
     why_not_packed,
 )
 from amct_pytorch.config.models import CalibrationConfig, LayerConfig
-from amct_pytorch.errors import ConfigError, ProblemList, did_you_mean, shown
+from amct_pytorch.config.overrides import Overrides
+from amct_pytorch.errors import ConfigError, ProblemList
 from amct_pytorch.graph.layers import LAYER_KINDS, SeenLayer
 from amct_pytorch.proto import AMCTConfig
 
@@ -54,7 +54,7 @@ def calibration_config_from_cfg(
             what is asked of them by name.
     """
     problems = ProblemList(place, ConfigError)
-    asked = _Asked(message, layers, module_names, problems)
+    asked = _asked(message, layers, module_names, problems)
     config = _globals(message, module_names, problems)
     notes = _Notes()
     configured = {
@@ -81,70 +81,26 @@ class _Notes:
             )
 
 
-class _Asked:
-    """The blocks and skip lists of a .cfg, checked against the model's layers."""
+def _asked(
+    message: AMCTConfig,
+    layers: Sequence[SeenLayer],
+    module_names: Collection[str],
+    problems: ProblemList,
+) -> Overrides[Block]:
+    """The blocks and skip lists of the file."""
 
-    def __init__(
-        self,
-        message: AMCTConfig,
-        layers: Sequence[SeenLayer],
-        module_names: Collection[str],
-        problems: ProblemList,
-    ) -> None:
-        self._layers = {layer.name: layer for layer in layers}
-        self._module_names = module_names
-        self._problems = problems
+    def read(entry: Any, place: str) -> Block:
+        block = read_block(entry.calibration_config, f"{place}.calibration_config", problems)
         # A block with problems counts as its default, so that the search for more can go on.
-        self.common = read_block(message.common_config, "common_config", problems) or Block()
-        self.by_type: dict[str, Block] = {}
-        for entry in message.override_layer_types:
-            place = f"override_layer_types[{entry.layer_type}]"
-            self._check_type(entry.layer_type, place)
-            self._add(self.by_type, entry.layer_type, entry.calibration_config, place)
-        self.by_name: dict[str, Block] = {}
-        for entry in message.override_layer_configs:
-            place = f"override_layer_configs[{entry.layer_name}]"
-            self._check_name(entry.layer_name, place)
-            self._check_quantizable(entry.layer_name, place)
-            self._add(self.by_name, entry.layer_name, entry.calibration_config, place)
-        self.skip_layers = set(message.skip_layers)
-        self.skip_types = set(message.skip_layer_types)
-        for name in _once(message.skip_layers):
-            self._check_name(name, "skip_layers")
-        for name in _once(message.skip_layer_types):
-            self._check_type(name, "skip_layer_types")
+        return block or Block()
 
-    def block(self, layer: SeenLayer) -> Block:
-        return self.by_name.get(layer.name) or self.by_type.get(layer.kind) or self.common
-
-    def skipped(self, layer: SeenLayer) -> bool:
-        return layer.name in self.skip_layers or layer.kind in self.skip_types
-
-    def _add(self, blocks: dict[str, Block], name: str, message: Any, place: str) -> None:
-        block = read_block(message, f"{place}.calibration_config", self._problems)
-        if name in blocks:
-            self._problems.add(f"{place} is there more than once")
-        blocks[name] = block or Block()
-
-    def _check_type(self, name: str, place: str) -> None:
-        if name not in LAYER_KINDS:
-            hint = did_you_mean(name, LAYER_KINDS)
-            self._problems.add(
-                f"{place}: {shown(name)} is no type of layer that is quantized; "
-                f"allowed: {', '.join(LAYER_KINDS)}{hint}"
-            )
-        elif all(layer.kind != name for layer in self._layers.values()):
-            logger.warning("%s: the model has no layer of type %s", place, name)
-
-    def _check_name(self, name: str, place: str) -> None:
-        if name not in self._layers:
-            sentence = unknown_layer(name, self._layers.values(), self._module_names)
-            self._problems.add(f"{place}: {sentence}")
-
-    def _check_quantizable(self, name: str, place: str) -> None:
-        layer = self._layers.get(name)
-        if layer is not None and layer.reason is not None:
-            self._problems.add(f"{place}: {name} cannot be quantized: {layer.reason}")
+    common = read_block(message.common_config, "common_config", problems) or Block()
+    asked = Overrides(common, layers, module_names, problems)
+    asked.add_types(message.override_layer_types, "override_layer_types", read)
+    asked.add_layers(message.override_layer_configs, "override_layer_configs", read)
+    asked.skip_layers(message.skip_layers, "skip_layers")
+    asked.skip_types(message.skip_layer_types, "skip_layer_types")
+    return asked
 
 
 def _once(names: Iterable[str]) -> list[str]:
@@ -176,7 +132,7 @@ def _globals(
 
 
 def _layer_config(
-    layer: SeenLayer, asked: _Asked, problems: ProblemList, notes: _Notes
+    layer: SeenLayer, asked: Overrides[Block], problems: ProblemList, notes: _Notes
 ) -> LayerConfig:
     block = asked.block(layer)
     by_name, enabled = layer.name in asked.by_name, not asked.skipped(layer)
