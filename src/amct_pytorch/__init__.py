@@ -22,6 +22,12 @@ if TYPE_CHECKING:
     from amct_pytorch.flows.kv_cache import create_quant_cali_config, create_quant_cali_model
     from amct_pytorch.flows.low_bit import algorithm_register, convert, quantize
     from amct_pytorch.flows.post_training import create_quant_config, quantize_model, save_model
+    from amct_pytorch.flows.retraining import (
+        create_quant_retrain_config,
+        create_quant_retrain_model,
+        restore_quant_retrain_model,
+        save_quant_retrain_model,
+    )
     from amct_pytorch.low_bit.base_module import BaseQuantizeModule
     from amct_pytorch.nn.module.quantization.quant_calibration_op import QuantCalibrationOp
 
@@ -53,6 +59,8 @@ _HOMES = {
     "create_quant_cali_config": "flows.kv_cache",
     "create_quant_cali_model": "flows.kv_cache",
     "create_quant_config": "flows.post_training",
+    "create_quant_retrain_config": "flows.retraining",
+    "create_quant_retrain_model": "flows.retraining",
     "decompose_network": "flows.decomposition",
     "load_converted": "flows.converted_files",
     "save_converted": "flows.converted_files",
@@ -60,6 +68,8 @@ _HOMES = {
     "quantize": "flows.low_bit",
     "quantize_model": "flows.post_training",
     "quantize_preprocess": "flows.balancing",
+    "restore_quant_retrain_model": "flows.retraining",
+    "save_quant_retrain_model": "flows.retraining",
     "save_model": "flows.post_training",
     **dict.fromkeys(_PRESETS, "config.presets"),
 }
@@ -90,14 +100,18 @@ __all__ = [
     "create_quant_cali_config",
     "create_quant_cali_model",
     "create_quant_config",
+    "create_quant_retrain_config",
+    "create_quant_retrain_model",
     "decompose_network",
     "deploy_to_qdq",
     "load_converted",
     "quantize",
     "quantize_model",
     "quantize_preprocess",
+    "restore_quant_retrain_model",
     "save_converted",
     "save_model",
+    "save_quant_retrain_model",
 ]
 
 
