@@ -208,9 +208,7 @@ def _layer_config(
     if keys["channel_wise"] and reason is not None:
         named = asked.by_name.get(layer.name)
         if named is not None and named.weights is weights:
-            problems.add(
-                f"{weights.place}: channel_wise is not allowed for {layer.name}: {reason}"
-            )
+            problems.add(f"{weights.place}: channel_wise is not allowed for {layer.name}: {reason}")
         elif enabled:
             refused.setdefault(reason, []).append(layer.name)
         keys["channel_wise"] = False

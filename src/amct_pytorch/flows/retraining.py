@@ -218,9 +218,7 @@ def _created(
     return trained
 
 
-def quantized_for_training(
-    model: nn.Module, graph: ModelGraph, config: RetrainConfig
-) -> nn.Module:
+def quantized_for_training(model: nn.Module, graph: ModelGraph, config: RetrainConfig) -> nn.Module:
     """A copy of a model with the layers that a config enables made trainable in quantization.
 
     Args:
@@ -238,9 +236,7 @@ def quantized_for_training(
     return copied
 
 
-def training_settings(
-    config: RetrainConfig, graph: ModelGraph
-) -> dict[str, TrainedQuantization]:
+def training_settings(config: RetrainConfig, graph: ModelGraph) -> dict[str, TrainedQuantization]:
     """How each enabled layer is quantized, by name."""
     seen = {layer.name: layer for layer in graph.layers}
     settings = {}

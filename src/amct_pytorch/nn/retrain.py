@@ -195,21 +195,19 @@ class RetrainLayer(HasChannels):
             weight: the weight operand of the layer's call.
         """
         factor = self._norm_factor()
+        if factor is not None and self.settings.channel_wise and factor.device.type == "cpu":
+            # Reading costs nothing here, and multiplying by ones would.
+            factor = None if bool((factor >= 0).all()) else factor
         if factor is None:
             quantized: Tensor = self.weight_quantizer(weight)
-            return quantized
-        if self.settings.channel_wise and factor.device.type == "cpu" and bool((factor > 0).all()):
-            quantized = self.weight_quantizer(weight)
-            return quantized
-        along = self.layout.along_channels(self._folded_by(factor), tuple(weight.shape))
-        along = along.to(weight.dtype)
-        quantized = self.weight_quantizer(weight * along)
-        return quantized / along
+        else:
+            along = self.layout.along_channels(self._folded_by(factor), tuple(weight.shape))
+            along = along.to(weight.dtype)
+            quantized = self.weight_quantizer(weight * along) / along
+        return quantized
 
     @torch.no_grad()
-    def deployed(
-        self, weight: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor, LayerFactors]:
+    def deployed(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, LayerFactors]:
         """What is deployed of the layer: weight and bias with the BatchNorm folded in, factors.
 
         Args:
@@ -349,9 +347,7 @@ def _retrain_layer(
     layer: SeenLayer, module: nn.Module, settings: TrainedQuantization, norm: TrainedNorm | None
 ) -> RetrainLayer:
     kind = LAYER_KINDS[layer.kind]
-    return RetrainLayer(
-        layer.name, kind, module, layer.groups, layer.weight_shape, settings, norm
-    )
+    return RetrainLayer(layer.name, kind, module, layer.groups, layer.weight_shape, settings, norm)
 
 
 def without_quantization(model: nn.Module) -> None:
