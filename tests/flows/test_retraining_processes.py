@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from flows.test_processes import free_port, launch
 
 from amct_pytorch.record.record_file import read_record
-from flows.test_processes import free_port, launch
 
 HERE = Path(__file__).parent
 SCRIPT = """
@@ -35,59 +35,63 @@ if "RANK" in os.environ:
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
 os.makedirs(f"{{world}}", exist_ok=True)
-config, record = f"{{world}}/c.json", f"{{world}}/r.txt"
-if rank == 0:
-    open("c.cfg", "w").write("batch_num: 2 " + {cfg!r})
-    amct.create_quant_retrain_config(config, model, batches[0], "c.cfg")
+for weights in ("arq_retrain", "ulq_retrain"):
+    prefix = f"{{world}}/{{weights}}"
+    config, record = f"{{prefix}}.json", f"{{prefix}}.txt"
+    if rank == 0:
+        open("c.cfg", "w").write(
+            "batch_num: 2 retrain_weight_quant_config {{ " + weights + " {{ }} }}"
+        )
+        amct.create_quant_retrain_config(config, model, batches[0], "c.cfg")
+    if world > 1:
+        dist.barrier()
+    trained = amct.create_quant_retrain_model(config, model, record, batches[0])
+    for module in trained.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+            module.train = lambda mode=True: None
+    wrapped = DistributedDataParallel(trained) if world > 1 else trained
+    optimizer = torch.optim.SGD(wrapped.parameters(), 0.02, momentum=0.9)
+    for batch in batches:
+        wrapped.train()
+        optimizer.zero_grad()
+        loss_of(wrapped(batch.chunk(world)[rank])).backward()
+        optimizer.step()
+    wrapped.eval()
+    with torch.no_grad():
+        outputs = wrapped(batches[0])
+    torch.save(outputs, f"{{prefix}}.y{{rank}}")
+    torch.save(wrapped.state_dict(), f"{{prefix}}.state{{rank}}")
+    factors = current_factors(trained, ModelInputs.of(batches[0]))
+    open(f"{{prefix}}.factors{{rank}}", "w").write(repr(factors))
 if world > 1:
-    dist.barrier()
-trained = amct.create_quant_retrain_model(config, model, record, batches[0])
-for module in trained.modules():
-    if isinstance(module, torch.nn.BatchNorm2d):
-        module.eval()
-        module.train = lambda mode=True: None
-wrapped = DistributedDataParallel(trained) if world > 1 else trained
-optimizer = torch.optim.SGD(wrapped.parameters(), 0.02, momentum=0.9)
-for batch in batches:
-    wrapped.train()
-    optimizer.zero_grad()
-    loss_of(wrapped(batch.chunk(world)[rank])).backward()
-    optimizer.step()
-wrapped.eval()
-with torch.no_grad():
-    outputs = wrapped(batches[0])
-torch.save(outputs, f"{{world}}/y{{rank}}.pt")
-torch.save(wrapped.state_dict(), f"{{world}}/state{{rank}}.pt")
-torch.save(list(current_factors(trained, ModelInputs.of(batches[0])).items()).__repr__(),
-           f"{{world}}/factors{{rank}}.pt")
-amct.save_quant_retrain_model(config, wrapped, record, f"{{world}}/net{{rank}}", batches[0])
-if world > 1:
+    amct.save_quant_retrain_model(config, wrapped, record, f"2/net{{rank}}", batches[0])
     dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("weights", ["arq_retrain", "ulq_retrain"])
-def test_two_processes_train_what_one_does(
-    weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_processes_train_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    cfg = f"retrain_weight_quant_config {{ {weights} {{ }} }}"
-    code = SCRIPT.format(tests=str(HERE.parent), cfg=cfg)
+    code = SCRIPT.format(tests=str(HERE.parent))
     launch(code, 1, 0)
     launch(code, 2, free_port())
-    # Both processes end with the same model, and the first one writes.
-    states = [torch.load(f"2/state{rank}.pt") for rank in range(2)]
-    for key, value in states[0].items():
-        assert torch.equal(value, states[1][key]), key
-    assert torch.load("2/factors0.pt") == torch.load("2/factors1.pt")
-    assert torch.equal(torch.load("2/y0.pt"), torch.load("2/y1.pt"))
+    for weights in ("arq_retrain", "ulq_retrain"):
+        # Both processes end with the same model.
+        states = [torch.load(f"2/{weights}.state{rank}") for rank in range(2)]
+        for key, value in states[0].items():
+            assert torch.equal(value, states[1][key]), key
+        factors = [Path(f"2/{weights}.factors{rank}").read_text() for rank in range(2)]
+        assert factors[0] == factors[1]
+        outputs = [torch.load(f"2/{weights}.y{rank}") for rank in range(2)]
+        assert torch.equal(*outputs)
+        # It is that of one process with the same batches; gradients are added in another order.
+        one, two = (read_record(f"{world}/{weights}.txt").factors for world in (1, 2))
+        assert one.keys() == two.keys()
+        for name, known in one.items():
+            assert known.scale_d == pytest.approx(two[name].scale_d, rel=1e-3)
+            assert known.scale_w == pytest.approx(two[name].scale_w, rel=1e-3)
+        alone = torch.load(f"1/{weights}.y0")
+        assert (alone - outputs[0]).abs().max() < 0.05 * alone.abs().max()
+    # The first process writes.
     assert Path("2/net0_deploy_model.onnx").exists()
     assert not Path("2/net1_deploy_model.onnx").exists()
-    # It is that of one process with the same batches; gradients are added in another order.
-    one, two = (read_record(f"{world}/r.txt").factors for world in (1, 2))
-    assert one.keys() == two.keys()
-    for name, factors in one.items():
-        assert factors.scale_d == pytest.approx(two[name].scale_d, rel=1e-3)
-        assert factors.scale_w == pytest.approx(two[name].scale_w, rel=1e-3)
-    difference = (torch.load("1/y0.pt") - torch.load("2/y0.pt")).abs().max()
-    assert difference < 0.05 * torch.load("1/y0.pt").abs().max()
