@@ -75,7 +75,7 @@ class _ObservedOnly(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         zero = torch.zeros_like(ctx.like)
         return grad, zero, zero.clone()
 
@@ -104,7 +104,7 @@ class _LearnedClip(torch.autograd.Function):
         return _quantized_in_chunks(x, bits, scale, offset)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad
         if ctx.plain:
             (x,) = ctx.saved_tensors
@@ -230,8 +230,8 @@ def _sums_in_chunks(
         above += float(torch.dot(g, torch.gt(values, high, out=b)))
         if wanted[2] or grid.qmin != offset:
             below += float(torch.dot(g, torch.lt(values, low, out=b)))
-    sums = (torch.tensor(value, dtype=torch.float64) for value in (above, below, error))
-    return grad_x if wanted[0] else None, *sums
+    above_sum, below_sum, error_sum = torch.tensor([above, below, error], dtype=torch.float64)
+    return grad_x if wanted[0] else None, above_sum, below_sum, error_sum
 
 
 def _next(value: float, towards: float) -> float:
