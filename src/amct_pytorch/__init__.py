@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         restore_quant_retrain_model,
         save_quant_retrain_model,
     )
+    from amct_pytorch.flows.trained_operators import convert_qat_model
     from amct_pytorch.low_bit.base_module import BaseQuantizeModule
     from amct_pytorch.nn.module.quantization.quant_calibration_op import QuantCalibrationOp
 
@@ -56,6 +57,7 @@ _HOMES = {
     "auto_decomposition": "flows.decomposition",
     "calibrate_blocks": "flows.block_calibration",
     "convert": "flows.low_bit",
+    "convert_qat_model": "flows.trained_operators",
     "create_quant_cali_config": "flows.kv_cache",
     "create_quant_cali_model": "flows.kv_cache",
     "create_quant_config": "flows.post_training",
@@ -97,6 +99,7 @@ __all__ = [
     "auto_decomposition",
     "calibrate_blocks",
     "convert",
+    "convert_qat_model",
     "create_quant_cali_config",
     "create_quant_cali_model",
     "create_quant_config",

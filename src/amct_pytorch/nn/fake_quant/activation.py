@@ -255,7 +255,7 @@ class ActivationFakeQuant(RealValues):
     def _tensor_factors(self) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             high, low = self.clip_max.detach(), self.clip_min.detach()
-            good_high, good_low = self.good_clips
+            good_high, good_low = self.good_clips.unbind()
             high = torch.where(high >= 0, high, good_high)
             low = torch.where(low <= 0, low, good_low)
             clips = torch.stack(self._tied_tensors(high, low))
