@@ -144,7 +144,11 @@ class ActivationFakeQuant(RealValues):
             scale, offset = with_real_values(self.factors)
             return quantize_dequantize(x, scale, offset, self.number_format)
         if not self.ready:
-            return self._observed(x) if self.training else x
+            if not self.training:
+                return x
+            # What is observed is no graph to be compiled.
+            compiling = torch.compiler.is_compiling()
+            return torch.compiler.disable(self._observed)(x) if compiling else self._observed(x)
         if self._has_plain_numbers(x):
             high, low = self._plain_clips(put_back=self.training)
             scale, offset = self._plain_factors(high, low)
@@ -158,6 +162,7 @@ class ActivationFakeQuant(RealValues):
             scale,
             offset,
             symmetric=self.symmetric,
+            fixed_min=bool(self.fixed_min),
         )
 
     def _has_plain_numbers(self, x: Tensor) -> bool:
@@ -251,6 +256,11 @@ class ActivationFakeQuant(RealValues):
     def _plain_factors(self, high: float, low: float) -> tuple[float, int]:
         scale, offset = self.number_format.range_factors(low, high, symmetric=self.symmetric)
         return (fp16_scale(scale) if self.float16_scale else scale), offset
+
+    def _tied_tensors(self, high: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
+        if self.symmetric:
+            return high, -high
+        return high, torch.zeros_like(low) if self.fixed_min else low
 
     def _tensor_factors(self) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
