@@ -24,6 +24,7 @@ FORMATS_GUIDE = ROOT / "docs" / "formats.md"
 GPTQ_GUIDE = ROOT / "docs" / "gptq.md"
 LOW_BIT_GUIDE = ROOT / "docs" / "low_bit_algorithms.md"
 PTQ_GUIDE = ROOT / "docs" / "ptq.md"
+QAT_GUIDE = ROOT / "docs" / "qat.md"
 QUANTIZE_GUIDE = ROOT / "docs" / "low_bit.md"
 
 
@@ -160,3 +161,38 @@ def test_the_script_of_the_search_guide_runs(tmp_path, monkeypatch):
     exec(compile(script.group(1), str(AUTO_CALIBRATION_GUIDE), "exec"), {})
     record = json.loads(Path("out/accuracy_based_auto_calibration_record.json").read_text())
     assert record["trials"][-1]["accepted"] == Path("out/net_deploy_model.onnx").exists()
+
+
+def test_the_scripts_of_the_training_guide_run_and_its_keys_exist(tmp_path, monkeypatch):
+    text = QAT_GUIDE.read_text()
+    train, restore = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names: dict[str, object] = {}
+    exec(compile(train, str(QAT_GUIDE), "exec"), names)
+    session = amct.DeploySession("out/net_deploy_model.onnx")
+    deployed = session.run(None, {"image": names["example"].numpy()})[0]
+    np.testing.assert_allclose(deployed, names["logits"].numpy(), rtol=1e-5, atol=1e-6)
+    before = names["trained"].state_dict()
+    exec(compile(restore, str(QAT_GUIDE), "exec"), names)
+    after = names["trained"].state_dict()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+
+    cfg = re.search(r"```\n(# retrain\.cfg.*?)```", text, re.DOTALL)
+    assert cfg is not None
+    Path("retrain.cfg").write_text(cfg.group(1))
+    amct.create_quant_retrain_config(
+        "four.json", names["model"], names["example"], config_definition="retrain.cfg"
+    )
+    config = json.loads(Path("four.json").read_text())
+    assert config["0"]["retrain_weight_config"]["dst_type"] == "INT8"
+    assert config["5"]["retrain_enable"] is False
+    table = text.split("## The config")[1].split("A short")[0]
+    cells = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
+    named = {key for cell in cells for key in re.findall(r"`(\w+)`", cell)}
+    written = Path("out/retrain.json").read_text()
+    assert {key for key in named if f'"{key}"' not in written} == {
+        "clip_max",
+        "clip_min",
+        "fixed_min",
+    }

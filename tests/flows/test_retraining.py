@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -300,6 +301,23 @@ def test_forced_float16_scales_are_in_the_record() -> None:
         assert float(np.float16(factors.scale_d)) == pytest.approx(factors.scale_d, rel=1e-7)
     saved(trained, batches[0])
     np.testing.assert_allclose(run_files(batches[0])[0][0], simulated, atol=1e-5)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_trains_on_its_own(copied: Callable[[nn.Module], nn.Module]) -> None:
+    batches = data(5)
+    trained = created(network(), batches[0])
+    train(trained, batches[:2])
+    other = copied(trained)
+    assert retrain_layers(other)["0"].norm is other[1] is not trained[1]
+    before = copy.deepcopy(trained.state_dict())
+    train(other, batches[2:], rate=0.1)
+    same_state(trained.state_dict(), before)
+    trained[7].p = other[7].p = 0.0
+    again = copied(trained)
+    train(trained, batches[2:])
+    train(again, batches[2:])
+    same_state(again.state_dict(), trained.state_dict())
 
 
 def test_memory_does_not_grow_from_step_to_step() -> None:

@@ -28,7 +28,7 @@ from amct_pytorch.nn.fake_quant.weight import ARQ, WeightFakeQuant
 from amct_pytorch.nn.fuse_norm import fuse_norm
 from amct_pytorch.nn.intercept import LayerCall
 from amct_pytorch.nn.simulate import IntegerOperands
-from amct_pytorch.nn.wrapped import HasChannels, Wrapped, replace_modules
+from amct_pytorch.nn.wrapped import LayerStandIn, Wrapped, replace_modules
 from amct_pytorch.processes import world_size
 from amct_pytorch.record.factors import FORCE_FP16, LayerFactors
 
@@ -100,7 +100,7 @@ class TrainedNorm(Wrapped):
         return super().forward(*args, **kwargs)
 
 
-class RetrainLayer(HasChannels):
+class RetrainLayer(LayerStandIn):
     """Stands in for a layer and trains its quantization.
 
     In training, the first `batch_num` batches run in float and are observed. After them the
