@@ -248,11 +248,9 @@ def test_channel_wise_for_all_is_for_those_that_can_have_it(tmp_path, caplog):
 
 
 def test_small_layers_and_what_cannot_be_packed_are_told(tmp_path, caplog):
-    caplog.set_level("INFO", "amct_pytorch")
     text = ON + "retrain_weight_quant_config { arq_retrain { dst_type: INT4 } }"
     tell_of_layers(LAYERS, from_cfg(tmp_path, text))
-    assert "stem: it has 3 input channels; quantizing" in caplog.text
-    assert "body.conv: it has" not in caplog.text
+    assert "16 input channels or fewer is not recommended: stem (3), head (8)\n" in caplog.text
     assert "stem: trained with weights of 4 bits, deployed with 8: its 3 input" in caplog.text
     assert "body.depthwise: trained with weights of 4 bits, deployed with 8" in caplog.text
     assert "body.conv: trained" not in caplog.text

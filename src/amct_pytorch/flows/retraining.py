@@ -213,7 +213,6 @@ def _created(
     if checkpoint is not None:
         load_checkpoint(trained, *checkpoint)
     start_logging(to_file=True)
-    tell_of_layers(layers, config)
     begin_record(trained, inputs, record_path)
     return trained
 
