@@ -130,6 +130,10 @@ def create(model: nn.Module, x: Tensor, folder: Path, cfg: str | None = None) ->
 # --- EfficientNet-Lite0 ------------------------------------------------------------------------
 
 
+# Rate of biases, BatchNorms and clip values, as a multiple of the weights'.
+OTHERS = 30
+
+
 def frozen_statistics(model: nn.Module) -> None:
     """Training mode, but for BatchNorm and dropout: 32 images are too few for statistics."""
     model.train()
@@ -173,7 +177,11 @@ def run_lite0(options: argparse.Namespace) -> dict[str, Any]:
                 model(part)
         result["before training, dB"] = sqnr_db(reference, logits(model))
         print(result)
-        optimizer = torch.optim.Adam(model.parameters(), options.rate)
+        # Adam moves every value by the rate: too much for weights that a thousand inputs meet.
+        weights = [p for p in model.parameters() if p.dim() > 1]
+        others = [p for p in model.parameters() if p.dim() <= 1]
+        groups = [{"params": weights}, {"params": others, "lr": OTHERS * options.rate}]
+        optimizer = torch.optim.Adam(groups, options.rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps)
         chance = torch.Generator().manual_seed(0)
         frozen_statistics(model)
@@ -187,7 +195,7 @@ def run_lite0(options: argparse.Namespace) -> dict[str, Any]:
             optimizer.step()
             schedule.step()
             if step % 10 == 0:
-                print(step, float(loss), flush=True)
+                print(step, loss.item(), flush=True)
         result["training_cpu_s"] = time.process_time() - began
         result["trained, dB"] = sqnr_db(reference, logits(model))
         print(result)
@@ -257,7 +265,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 4])
     options = parser.parse_args()
     if options.rate is None:
-        options.rate = 2e-5 if options.part == "lite0" else 0.02
+        options.rate = 2e-6 if options.part == "lite0" else 0.02
     torch.set_num_threads(1)
     if options.part == "peak":
         run_peak(options)

@@ -24,6 +24,7 @@ from flows.retraining_case import (
 )
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import amct_pytorch as amct
 from amct_pytorch.errors import (
@@ -301,6 +302,39 @@ def test_forced_float16_scales_are_in_the_record() -> None:
         assert float(np.float16(factors.scale_d)) == pytest.approx(factors.scale_d, rel=1e-7)
     saved(trained, batches[0])
     np.testing.assert_allclose(run_files(batches[0])[0][0], simulated, atol=1e-5)
+
+
+class Checkpointed(nn.Module):
+    """Computes its first layers again in the backward pass, to save memory."""
+
+    def __init__(self, body: nn.Sequential, reentrant: bool | None) -> None:
+        super().__init__()
+        self.body, self.head, self.reentrant = body[:6], nn.Linear(96, 5), reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.reentrant is None:
+            return self.head(self.body(x).flatten(1))
+        x = x.requires_grad_() if self.reentrant else x
+        return self.head(checkpoint(self.body, x, use_reentrant=self.reentrant).flatten(1))
+
+
+@pytest.mark.parametrize("batch_num", [1, 2])
+def test_layers_that_are_computed_again_are_observed_once(batch_num: int) -> None:
+    batches, states = data(4), []
+    body, head = network(), nn.Linear(96, 5)
+    for module in body:
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.0  # a second forward would update it a second time
+    for reentrant in (None, False, True):
+        model = Checkpointed(copy.deepcopy(body), reentrant)
+        model.head = copy.deepcopy(head)
+        trained = created(model, batches[0], batch_num=batch_num)
+        train(trained, [(batch.clone(),) for (batch,) in batches])
+        states.append(trained.state_dict())
+        del states[-1]["body.1.layer.num_batches_tracked"]
+        del states[-1]["body.4.layer.num_batches_tracked"]
+    same_state(states[1], states[0])
+    same_state(states[2], states[0])
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])

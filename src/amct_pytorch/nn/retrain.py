@@ -24,6 +24,7 @@ from amct_pytorch.formats.integer import SMALLEST_SCALE
 from amct_pytorch.graph.layers import LAYER_KINDS, LayerKind, SeenLayer
 from amct_pytorch.graph.look import ModelGraph
 from amct_pytorch.nn.fake_quant.activation import ActivationFakeQuant
+from amct_pytorch.nn.fake_quant.learned_clip import observed_only
 from amct_pytorch.nn.fake_quant.weight import ARQ, WeightFakeQuant
 from amct_pytorch.nn.fuse_norm import fuse_norm
 from amct_pytorch.nn.intercept import LayerCall
@@ -136,6 +137,7 @@ class RetrainLayer(LayerStandIn):
         self.layout = kind.layout(groups)
         self.settings = settings
         self.found: LayerFactors | None = None
+        self._in_float = False  # the present forward, also when it is run again
         # In a tuple, so that it is no submodule a second time.
         self._norm = (norm,)
         weight = layer.weight
@@ -177,8 +179,16 @@ class RetrainLayer(LayerStandIn):
                 if self.norm is not None:
                     self.norm.folded = True
                 return self.integer_operands(weight, bias, self.found).run(self, call)
-        if not self.input_quantizer.ready:
-            y = call.run(self.input_quantizer(call.x), call.weight, call.bias)
+        again = _runs_again()
+        if not again:
+            self._in_float = not self.input_quantizer.ready
+        if self._in_float:
+            quantizer = self.input_quantizer
+            if again:
+                x = observed_only(call.x, quantizer.clip_max, quantizer.clip_min)
+            else:
+                x = quantizer(call.x)
+            y = call.run(x, call.weight, call.bias)
             return _with_part_of(y, self.weight_quantizer)
         x = self.input_quantizer(call.x)
         return call.run(x, self.fake_quantized(call.weight), call.bias)
@@ -292,6 +302,16 @@ class RetrainLayer(LayerStandIn):
             "cannot do: what each copy learns and observes is thrown away. Start one process a "
             "device with torchrun and use torch.nn.parallel.DistributedDataParallel"
         )
+
+
+def _runs_again() -> bool:
+    """Whether a forward runs within a backward: torch.utils.checkpoint does it once more.
+
+    What it did the first time was seen then, and has to be done the same way again.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 def _with_part_of(y: Tensor, module: nn.Module) -> Tensor:
