@@ -27,7 +27,7 @@ from amct_pytorch.flows.trained_files import begin_record, save_trained
 from amct_pytorch.graph.activations import behind_relu
 from amct_pytorch.graph.look import ModelGraph, copy_model, look_at
 from amct_pytorch.graph.tensors import ModelInputs
-from amct_pytorch.logs import start_logging
+from amct_pytorch.logs import logger, start_logging
 from amct_pytorch.nn.retrain import TrainedQuantization, instrument_for_training, retrain_layers
 
 if TYPE_CHECKING:
@@ -74,6 +74,12 @@ def create_quant_retrain_config(
         config = retrain_config_from_cfg(
             message, layers, graph.module_names, str(config_defination)
         )
+        if message.HasField("prune_config"):
+            logger.warning(
+                "%s: prune_config does nothing in quantization-aware training alone; "
+                "create_compressed_retrain_model does both",
+                config_defination,
+            )
     if not config.layers:
         raise ModelError(_nothing_to_train(graph))
     tell_of_layers(layers, config)
