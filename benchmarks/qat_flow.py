@@ -15,7 +15,6 @@ import argparse
 import copy
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -114,7 +113,9 @@ def run_peak(options: argparse.Namespace) -> None:
             step = stepper(model, x)
             for _ in range(3):
                 step()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    # Not ru_maxrss, which a process inherits from the one that started it.
+    status = Path("/proc/self/status").read_text()
+    print(status.split("VmHWM:")[1].split()[0])
 
 
 def create(model: nn.Module, x: Tensor, folder: Path, cfg: str | None = None) -> nn.Module:
