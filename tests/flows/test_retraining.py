@@ -491,6 +491,15 @@ def test_bad_input_is_told(
     assert sorted(Path().rglob("*.*")) == before
 
 
+def test_a_model_that_is_in_training_already_is_told() -> None:
+    (batch, *_) = data(1)
+    trained = created(network(), batch)
+    with pytest.raises(ModelError, match="in quantization-aware training already"):
+        amct.create_quant_retrain_model("retrain.json", trained, "record.txt", batch)
+    with pytest.raises(ModelError, match="in quantization-aware training already"):
+        amct.create_quant_retrain_config("other.json", trained, batch)
+
+
 def test_a_config_of_other_layers_than_were_trained_is_told() -> None:
     batches = data(2)
     trained = created(network(), batches[0])

@@ -65,6 +65,7 @@ def create_quant_retrain_config(
     if config_defination is not None:
         check_distinct(config_defination=config_defination, config_file=config_file)
     message = None if config_defination is None else parse_retrain_cfg(config_defination)
+    _check_float(model)
     graph = look_at(model, inputs)
     start_logging(to_file=True)
     layers = retrainable(graph.layers)
@@ -212,6 +213,7 @@ def _created(
     inputs = ModelInputs.of(input_data)
     check_distinct(config_file=config_file, record_file=record_file)
     record_path = check_writable(record_file, "record_file")
+    _check_float(model)
     graph = look_at(model, inputs)
     layers = retrainable(graph.layers)
     config = load_retrain_json(config_file, layers, graph.module_names)
@@ -221,6 +223,14 @@ def _created(
     start_logging(to_file=True)
     begin_record(trained, inputs, record_path)
     return trained
+
+
+def _check_float(model: nn.Module) -> None:
+    if isinstance(model, nn.Module) and retrain_layers(model):
+        raise ModelError(
+            "the model is in quantization-aware training already; give the float model, and with "
+            "it the trained state to restore_quant_retrain_model"
+        )
 
 
 def quantized_for_training(model: nn.Module, graph: ModelGraph, config: RetrainConfig) -> nn.Module:
