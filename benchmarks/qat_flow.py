@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 import amct_pytorch as amct
+from amct_pytorch.nn.retrain import retrain_layers
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -132,15 +133,15 @@ def create(model: nn.Module, x: Tensor, folder: Path, cfg: str | None = None) ->
 
 
 # Rate of biases, BatchNorms and clip values, as a multiple of the weights'.
-OTHERS = 30
+OTHERS = 10
 
 
-def frozen_statistics(model: nn.Module) -> None:
-    """Training mode, but for BatchNorm and dropout: 32 images are too few for statistics."""
-    model.train()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d | nn.Dropout):
-            module.eval()
+def train_quantized_layers_only(model: nn.Module) -> None:
+    """Training mode for what learns: 32 images are too few for BatchNorm's statistics, and a
+    teacher's logits do not go with dropped connections."""
+    model.eval()
+    for layer in retrain_layers(model).values():
+        layer.train()
 
 
 def run_lite0(options: argparse.Namespace) -> dict[str, Any]:
@@ -170,7 +171,7 @@ def run_lite0(options: argparse.Namespace) -> dict[str, Any]:
         result["post-training, dB"] = sqnr_db(reference, logits(calibrated))
         print(result)
         model = create(teacher, images[:8], folder, "batch_num: 4 retrain_data_quant_config { }")
-        frozen_statistics(model)
+        train_quantized_layers_only(model)
         targets = []
         with torch.no_grad():
             for part in images.split(8):
@@ -185,7 +186,7 @@ def run_lite0(options: argparse.Namespace) -> dict[str, Any]:
         optimizer = torch.optim.Adam(groups, options.rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps)
         chance = torch.Generator().manual_seed(0)
-        frozen_statistics(model)
+        train_quantized_layers_only(model)
         began = time.process_time()
         teacher_logits = torch.cat(targets)
         for step in range(options.steps):
@@ -266,7 +267,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 4])
     options = parser.parse_args()
     if options.rate is None:
-        options.rate = 2e-6 if options.part == "lite0" else 0.02
+        options.rate = 1e-5 if options.part == "lite0" else 0.02
     torch.set_num_threads(1)
     if options.part == "peak":
         run_peak(options)
