@@ -238,11 +238,6 @@ class ActivationFakeQuant(RealValues):
             return high, -high
         return high, 0.0 if self.fixed_min else low
 
-    def _tied_tensors(self, high: Tensor, low: Tensor) -> list[Tensor]:
-        if self.symmetric:
-            return [high, -high]
-        return [high, torch.zeros_like(low) if self.fixed_min else low]
-
     def _put_back(self, given: tuple[float, float], clips: tuple[float, float]) -> None:
         with torch.no_grad():
             self.clip_max.fill_(clips[0])
