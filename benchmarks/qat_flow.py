@@ -219,14 +219,18 @@ def run_fashion(options: argparse.Namespace) -> dict[str, Any]:
     from train_quantized import run
 
     return {
-        f"int{bits}": run(bits, options.images, options.rate, options.width, options.epochs)
+        f"int{bits}": {
+            "images": options.images,
+            "width": options.width,
+            **run(bits, options.images, options.rate, options.width, options.epochs),
+        }
         for bits in options.bits
     }
 
 
 def run_processes(options: argparse.Namespace) -> dict[str, Any]:
     """Accuracy after the same batches on one process and, halved, on two."""
-    found = {}
+    found: dict[str, Any] = {"images": options.images, "width": options.width}
     for processes in (1, 2):
         command = [
             sys.executable,
@@ -272,9 +276,10 @@ def main() -> None:
     if options.part == "peak":
         run_peak(options)
         return
+    found = parts[options.part](options)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     results["machine"] = describe()
-    results[options.part] = parts[options.part](options)
+    results[options.part] = found
     RESULTS.write_text(json.dumps(results, indent=2) + "\n")
     print(json.dumps(results[options.part], indent=2))
 
