@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     from amct_pytorch.flows.kv_cache import create_quant_cali_config, create_quant_cali_model
     from amct_pytorch.flows.low_bit import algorithm_register, convert, quantize
     from amct_pytorch.flows.post_training import create_quant_config, quantize_model, save_model
+    from amct_pytorch.flows.pruning import (
+        create_prune_retrain_model,
+        restore_prune_retrain_model,
+        save_prune_retrain_model,
+    )
     from amct_pytorch.low_bit.base_module import BaseQuantizeModule
     from amct_pytorch.nn.module.quantization.quant_calibration_op import QuantCalibrationOp
 
@@ -50,6 +55,7 @@ _HOMES = {
     "auto_decomposition": "flows.decomposition",
     "calibrate_blocks": "flows.block_calibration",
     "convert": "flows.low_bit",
+    "create_prune_retrain_model": "flows.pruning",
     "create_quant_cali_config": "flows.kv_cache",
     "create_quant_cali_model": "flows.kv_cache",
     "create_quant_config": "flows.post_training",
@@ -57,6 +63,8 @@ _HOMES = {
     "load_converted": "flows.converted_files",
     "save_converted": "flows.converted_files",
     "deploy_to_qdq": "export.qdq",
+    "restore_prune_retrain_model": "flows.pruning",
+    "save_prune_retrain_model": "flows.pruning",
     "quantize": "flows.low_bit",
     "quantize_model": "flows.post_training",
     "quantize_preprocess": "flows.balancing",
@@ -87,6 +95,7 @@ __all__ = [
     "auto_decomposition",
     "calibrate_blocks",
     "convert",
+    "create_prune_retrain_model",
     "create_quant_cali_config",
     "create_quant_cali_model",
     "create_quant_config",
@@ -96,8 +105,10 @@ __all__ = [
     "quantize",
     "quantize_model",
     "quantize_preprocess",
+    "restore_prune_retrain_model",
     "save_converted",
     "save_model",
+    "save_prune_retrain_model",
 ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -143,12 +143,14 @@ def look_at(model: nn.Module, inputs: ModelInputs) -> ModelGraph:
         own_calls = [
             op for op in trace.in_scope(path) if op.function in kind.functions and _owns(op, path)
         ]
-        reason = _why_not(path, module, kind, own_calls, trace, sharing)
-        if reason is None and own_calls[0].outputs[0] not in used:
-            reason = "its output is not used for the model's output"
+        unreachable = _why_unreachable(path, module, kind, own_calls, trace, sharing)
+        if unreachable is None and own_calls[0].outputs[0] not in used:
+            unreachable = "its output is not used for the model's output"
+        reason = unreachable or _why_not_quantized(module, kind, own_calls[0])
         if len(own_calls) == 1:
             calls[path] = own_calls[0]
-        layers.append(_describe(path, module, kind, reason, own_calls))
+        layer = _describe(path, module, kind, reason, own_calls)
+        layers.append(replace(layer, unreachable=unreachable))
     calls = dict(sorted(calls.items(), key=lambda item: item[1].index))
     quantizable = {layer.name: calls[layer.name] for layer in layers if layer.quantizable}
     return ModelGraph(
@@ -208,7 +210,7 @@ def shared_owners(model: nn.Module) -> dict[str, str]:
     return shared
 
 
-def _why_not(
+def _why_unreachable(
     path: str,
     module: nn.Module,
     kind: LayerKind,
@@ -216,7 +218,7 @@ def _why_not(
     trace: Trace,
     sharing: dict[str, str],
 ) -> str | None:
-    """The reason why a layer cannot be quantized, or None."""
+    """The reason why a layer's one call cannot be answered in its place, or None."""
     if not path:
         return "the model itself is this layer; put it into a module, e.g. nn.Sequential(layer)"
     if path in sharing:
@@ -244,9 +246,13 @@ def _why_not(
     x = call.argument(0, "input")
     if not isinstance(x, Operand):
         return "its call has no tensor as input"
-    unusable = _why_not_its_weight(module, call, trace) if kind.weighted else None
-    if unusable is not None:
-        return unusable
+    return _why_not_its_weight(module, call, trace) if kind.weighted else None
+
+
+def _why_not_quantized(module: nn.Module, kind: LayerKind, call: OpCall) -> str | None:
+    """The reason why a layer cannot be quantized though its call is within reach, or None."""
+    x = call.argument(0, "input")
+    assert isinstance(x, Operand)
     if getattr(module, "padding_mode", "zeros") != "zeros":
         return f"padding_mode is {getattr(module, 'padding_mode', None)!r}; supported is 'zeros'"
     rank = len(x.shape)
