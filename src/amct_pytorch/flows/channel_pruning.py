@@ -65,7 +65,7 @@ def prune_channels(
         chosen = time.perf_counter()
         pruned = cut_channels(model, graph.flow.slots, alive)
         cut = time.perf_counter()
-        broken = verify(graph.flow, alive, pruned, inputs)
+        broken = verify(graph.flow, alive, pruned, inputs, graph.training)
         seconds["choose"] += chosen - began
         seconds["cut"] += cut - chosen
         seconds["verify"] += time.perf_counter() - cut

@@ -187,7 +187,8 @@ class _Recorder(TorchFunctionMode):
                     self.trace.integers[number] = value.detach().clone()
             return Operand(number, tuple(value.shape), name)
         if isinstance(value, (list, tuple)):
-            return [self._operand(item) for item in value]
+            items = (self._operand(item) for item in value)
+            return tuple(items) if isinstance(value, tuple) else list(items)
         return value
 
     def __torch_function__(

@@ -14,6 +14,7 @@ from amct_pytorch.graph.coupling import (  # noqa: F401 (they register what func
     rules_movement,
     rules_reduction,
 )
+from amct_pytorch.graph.coupling.branches import freeze_branches, idle_layers
 from amct_pytorch.graph.coupling.groups import Group, find_groups
 from amct_pytorch.graph.coupling.propagation import Propagation
 from amct_pytorch.graph.coupling.slots import Role
@@ -31,6 +32,8 @@ class ChannelGraph:
         unfollowed: what could not be followed, with the reason, one text each.
         sizes: shape of each parameter and buffer.
         shared: why some of them cannot be cut.
+        idle: modules with weights of their own that did not run.
+        training: whether the run was in training mode.
         free: see `Propagation`.
         whole: see `Propagation`.
     """
@@ -40,16 +43,19 @@ class ChannelGraph:
     unfollowed: tuple[str, ...]
     sizes: Mapping[str, tuple[int, ...]]
     shared: Mapping[str, str]
+    idle: tuple[str, ...] = ()
+    training: bool = False
     free: Mapping[int, int] = field(default_factory=dict)
     whole: Mapping[int, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: nn.Module, trace: Trace) -> ChannelGraph:
+    def of(cls, model: nn.Module, trace: Trace, training: bool = False) -> ChannelGraph:
         """The channels of a model that has been seen running.
 
         Args:
             model: the model.
-            trace: of one run of it, in eval mode.
+            trace: of one run of it.
+            training: whether that was in training mode.
         """
         named = [*model.named_parameters(), *model.named_buffers()]
         sizes = {name: tuple(tensor.shape) for name, tensor in named}
@@ -59,7 +65,7 @@ class ChannelGraph:
             for name in sizes
             if (owner := name.rpartition(".")[0]) in owners
         }
-        return cls._followed(trace, sizes, shared, {}, {})
+        return cls._followed(trace, sizes, shared, idle_layers(model, trace), training, {}, {})
 
     @classmethod
     def _followed(
@@ -67,14 +73,17 @@ class ChannelGraph:
         trace: Trace,
         sizes: Mapping[str, tuple[int, ...]],
         shared: Mapping[str, str],
+        idle: tuple[str, ...],
+        training: bool,
         free: Mapping[int, int],
         whole: Mapping[int, str],
     ) -> ChannelGraph:
         flow = Propagation(trace, sizes, shared, free, whole)
         flow.run()
+        freeze_branches(flow, idle)
         groups = find_groups(flow.sets, flow.slots, flow.blocks)
         told = tuple(dict.fromkeys(reason for _, reason in flow.unfollowed))
-        return cls(tuple(groups), flow, told, sizes, shared, free, whole)
+        return cls(tuple(groups), flow, told, sizes, shared, idle, training, free, whole)
 
     def without(self, call: int, reason: str) -> ChannelGraph:
         """The graph after a call turned out not to do with fewer channels what it was taken for.
@@ -85,14 +94,33 @@ class ChannelGraph:
             call: index of the call.
             reason: what it did.
         """
-        axes, axis = self.flow.joint.get(call, ([], -1))
-        left = [other for other in axes if other != axis]
         free, whole = dict(self.free), dict(self.whole)
-        if left and call not in free:
-            free[call] = left[-1]
+        joint = self.flow.joint
+        if call in joint and call not in free:
+            axes, axis = joint[call]
+            other = [one for one in axes if one != axis][-1]
+            free.update(dict.fromkeys(self._alike(call), other))
+        elif call in joint:
+            whole.update(dict.fromkeys(self._alike(call), reason))
+        elif call in whole:
+            # It is not what goes into it alone that counts: a branch that depends on values.
+            whole.update(dict.fromkeys(range(call + 1), reason))
         else:
             whole[call] = reason
-        return self._followed(self.flow.trace, self.sizes, self.shared, free, whole)
+        return self._followed(
+            self.flow.trace, self.sizes, self.shared, self.idle, self.training, free, whole
+        )
+
+    def _alike(self, call: int) -> list[int]:
+        """The calls of one module that spread channels over the same axes, as it does for heads."""
+        ops, joint = self.flow.trace.ops, self.flow.joint
+        return [
+            other
+            for other, (axes, _) in joint.items()
+            if axes == joint[call][0]
+            and ops[other].function == ops[call].function
+            and ops[other].scopes == ops[call].scopes
+        ]
 
     def group_of(self, layer: str) -> Group | None:
         """The group of the channels that a layer makes; None if it makes none."""
@@ -106,6 +134,8 @@ class ChannelGraph:
         for slot in self.flow.slots:
             if slot.owner == layer and slot.role is Role.FOLLOWS and slot.kind.startswith("Conv"):
                 return "depthwise: it is pruned only together with the layer before it"
+        if layer in self.idle:
+            return "it did not run on input_data"
         for op, reason in self.flow.unfollowed:
             if layer in op.scopes:
                 return reason

@@ -41,9 +41,9 @@ class ChannelSets:
     def roots(self, labels: np.ndarray) -> np.ndarray:
         """The root of the set of each label."""
         parents = self._parent
-        found = parents[labels]
+        found = np.asarray(parents[labels])
         while True:
-            above = parents[found]
+            above = np.asarray(parents[found])
             if np.array_equal(above, found):
                 return found
             found = above
@@ -111,7 +111,7 @@ def along(vector: np.ndarray, axis: int, shape: Iterable[int]) -> Tensor:
     sizes = tuple(shape)
     ones = [1] * len(sizes)
     ones[axis] = -1
-    return torch.from_numpy(np.ascontiguousarray(vector)).reshape(ones).expand(sizes)
+    return torch.tensor(vector, dtype=torch.int64).reshape(ones).expand(sizes)
 
 
 def compact(labels: Tensor, sets: ChannelSets) -> Tensor:
@@ -169,4 +169,4 @@ def vector(labels: Tensor, axis: int, sets: ChannelSets, reason: str) -> np.ndar
     if table.shape[1] > 1:
         sets.tie(table[:, :1], table[:, 1:], reason)
     column: np.ndarray = sets.roots(table[:, 0])
-    return np.broadcast_to(column, (size,))
+    return np.broadcast_to(column, (size,)).copy()

@@ -111,7 +111,9 @@ def along_axes(flow: Propagation, op: OpCall) -> Results:
     if found is None:
         return None
     _balance_parts(flow, op, found)
-    return [flow.apart(op, labels, ()) for labels in found]
+    # Of a shuffle the channels stay apart, not the pixels.
+    prefer = (len(op.shapes[0]) - 3,) if name_of(op) == "pixel_shuffle" else ()
+    return [flow.apart(op, labels, prefer) for labels in found]
 
 
 @rule(*_JOIN.split())

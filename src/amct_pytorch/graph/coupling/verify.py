@@ -30,7 +30,11 @@ class Broken:
 
 
 def verify(
-    flow: Propagation, alive: np.ndarray, pruned: nn.Module, inputs: ModelInputs
+    flow: Propagation,
+    alive: np.ndarray,
+    pruned: nn.Module,
+    inputs: ModelInputs,
+    training: bool = False,
 ) -> Broken | None:
     """Runs a pruned network and compares every call with the whole network's.
 
@@ -43,8 +47,9 @@ def verify(
         alive: whether each label stays.
         pruned: the pruned network.
         inputs: what the whole network was run on.
+        training: whether in training mode.
     """
-    trace, error = trace_until(copy_sharing_weights(pruned).eval(), inputs)
+    trace, error = trace_until(copy_sharing_weights(pruned).train(training), inputs)
     foreseen = _Foreseen(flow, alive)
     for was, now in zip(flow.trace.ops, trace.ops, strict=False):
         reason = foreseen.differs(was, now, trace)
@@ -120,7 +125,7 @@ class _Foreseen:
         for axis in range(labels.dim()):
             if axis not in axes and labels.shape[axis] > 1:
                 small = small.narrow(axis, 0, 1)
-        left = torch.from_numpy(self._alive[small.contiguous().numpy()])
+        left = torch.from_numpy(np.asarray(self._alive[small.contiguous().numpy()]))
         if not bool(left.any()):
             return None
         shape = list(labels.shape)
