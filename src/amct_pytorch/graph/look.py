@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
@@ -104,9 +104,19 @@ def copy_model(model: nn.Module) -> nn.Module:
         ArgumentTypeError: `model` is no module.
         ModelError: it cannot be copied; the message says why.
     """
+    return copy_with(model, {}).eval()
+
+
+def copy_with(model: nn.Module, others: Mapping[Tensor, Tensor]) -> nn.Module:
+    """A deep copy, in the same mode, that has other tensors in the place of some.
+
+    Raises:
+        ArgumentTypeError: `model` is no module.
+        ModelError: it cannot be copied; the message says why.
+    """
     check_model(model)
     try:
-        return copy.deepcopy(model).eval()
+        return copy.deepcopy(model, {id(one): other for one, other in others.items()})
     except Exception as error:
         raise ModelError(
             f"the model cannot be copied (copy.deepcopy): {type(error).__name__}: {error}. "
