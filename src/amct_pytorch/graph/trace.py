@@ -213,9 +213,7 @@ class _Recorder(TorchFunctionMode):
             shapes = tuple(tuple(tensor.shape) for tensor in changed)
             scopes = tuple(self.scopes)
             self.trace.ops.append(
-                OpCall(
-                    index, name, scopes, inputs, outputs, operands, named, func, shapes, _site()
-                )
+                OpCall(index, name, scopes, inputs, outputs, operands, named, func, shapes, _site())
             )
             self._alive = frozenset(self._values.values())
         elif name in LOOKS and any(value in self.trace.from_input for value in inputs):

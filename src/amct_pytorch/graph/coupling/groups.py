@@ -121,9 +121,7 @@ def _ranges(member: Member) -> str:
     return ", ".join(texts) + (", …" if len(runs) > 4 else "")
 
 
-def find_groups(
-    sets: ChannelSets, slots: Sequence[Slot], blocks: Iterable[Blocks]
-) -> list[Group]:
+def find_groups(sets: ChannelSets, slots: Sequence[Slot], blocks: Iterable[Blocks]) -> list[Group]:
     """The groups of a network, in the order in which it makes them.
 
     Channels are in one group if one layer makes both, if they hang together, or if they have to

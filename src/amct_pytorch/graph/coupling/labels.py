@@ -136,9 +136,7 @@ def _narrowed(labels: Tensor) -> Tensor:
 def varying(labels: Tensor) -> list[int]:
     """The axes along which compact labels change."""
     return [
-        axis
-        for axis in range(labels.dim())
-        if labels.shape[axis] > 1 and labels.stride(axis) != 0
+        axis for axis in range(labels.dim()) if labels.shape[axis] > 1 and labels.stride(axis) != 0
     ]
 
 
