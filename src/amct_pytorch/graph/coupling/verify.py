@@ -79,6 +79,8 @@ class _Foreseen:
         """What one call did otherwise, or None."""
         if was.function != now.function or len(was.outputs) != len(now.outputs):
             return f"the forward takes another way with fewer channels before {place(was)}"
+        if was.index in self._flow.needless:
+            return None
         wanted = [self._left(value) for value in was.outputs]
         for labels, shape in zip(wanted, now.shapes, strict=True):
             if labels is None or tuple(labels.shape) != shape:
