@@ -73,9 +73,7 @@ def residual() -> nn.Module:
         x = F.relu(m.b(F.relu(m.a(x))) + x)
         return m.head(pooled(x))
 
-    return Net(
-        run, stem=conv_bn(3, 8), a=conv_bn(8, 6), b=conv_bn(6, 8), head=nn.Linear(8, 5)
-    )
+    return Net(run, stem=conv_bn(3, 8), a=conv_bn(8, 6), b=conv_bn(6, 8), head=nn.Linear(8, 5))
 
 
 def residual_in_place() -> nn.Module:
@@ -94,9 +92,7 @@ def concat() -> nn.Module:
         x = torch.cat([m.left(x), m.right(x)], dim=1)
         return m.head(F.relu(m.bn(x)))
 
-    return Net(
-        run, left=conv(3, 4, 1), right=conv(3, 8), bn=nn.BatchNorm2d(12), head=conv(12, 2)
-    )
+    return Net(run, left=conv(3, 4, 1), right=conv(3, 8), bn=nn.BatchNorm2d(12), head=conv(12, 2))
 
 
 def concat_into_residual() -> nn.Module:
@@ -192,9 +188,7 @@ def reused_conv() -> nn.Module:
         x = m.stem(x)
         return m.head(F.relu(m.twice(F.relu(m.twice(m.before(x))))))
 
-    return Net(
-        run, stem=conv(3, 8), before=conv(8, 6), twice=conv(6, 6), head=conv(6, 2)
-    )
+    return Net(run, stem=conv(3, 8), before=conv(8, 6), twice=conv(6, 6), head=conv(6, 2))
 
 
 def tied_weights() -> nn.Module:
@@ -375,9 +369,7 @@ def unet() -> nn.Module:
         up = F.interpolate(low, scale_factor=2, mode="bilinear")
         return m.head(F.relu(m.join(torch.cat([top, up], 1))))
 
-    return Net(
-        run, down1=conv_bn(3, 8), down2=conv_bn(8, 12), join=conv_bn(20, 8), head=conv(8, 2)
-    )
+    return Net(run, down1=conv_bn(3, 8), down2=conv_bn(8, 12), join=conv_bn(20, 8), head=conv(8, 2))
 
 
 def pixel_shuffle() -> nn.Module:
@@ -476,9 +468,7 @@ def torch_attention() -> nn.Module:
 
 
 def torch_encoder() -> nn.Module:
-    return nn.Sequential(
-        nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), nn.Linear(16, 2)
-    )
+    return nn.Sequential(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), nn.Linear(16, 2))
 
 
 def data_dependent_branch() -> nn.Module:
@@ -536,9 +526,7 @@ def padded_shortcut() -> nn.Module:
         short = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2))
         return m.head(F.relu(short + m.b(F.relu(m.a(x)))))
 
-    return Net(
-        run, stem=conv(3, 8), a=conv(8, 8), b=conv(8, 12, stride=2), head=conv(12, 2)
-    )
+    return Net(run, stem=conv(3, 8), a=conv(8, 8), b=conv(8, 12, stride=2), head=conv(12, 2))
 
 
 def spatial_padding() -> nn.Module:

@@ -332,9 +332,7 @@ def _find_fusable_norms(model: nn.Module, trace: Trace, calls: dict[str, OpCall]
     return found
 
 
-def _normalizes_as_it_says(
-    tensors: Mapping[str, Tensor], norm: _BatchNorm, call: OpCall
-) -> bool:
+def _normalizes_as_it_says(tensors: Mapping[str, Tensor], norm: _BatchNorm, call: OpCall) -> bool:
     """Whether a batch_norm call uses just what its module holds, in inference form."""
     for position, name in enumerate(("running_mean", "running_var", "weight", "bias"), start=1):
         operand, held = call.argument(position, name), getattr(norm, name)

@@ -136,9 +136,7 @@ def _narrowed(labels: Tensor) -> Tensor:
 def varying(labels: Tensor) -> list[int]:
     """The axes along which compact labels change."""
     return [
-        axis
-        for axis in range(labels.dim())
-        if labels.shape[axis] > 1 and labels.stride(axis) != 0
+        axis for axis in range(labels.dim()) if labels.shape[axis] > 1 and labels.stride(axis) != 0
     ]
 
 
@@ -169,4 +167,5 @@ def vector(labels: Tensor, axis: int, sets: ChannelSets, reason: str) -> np.ndar
     if table.shape[1] > 1:
         sets.tie(table[:, :1], table[:, 1:], reason)
     column: np.ndarray = sets.roots(table[:, 0])
-    return np.broadcast_to(column, (size,)).copy()
+    spread: np.ndarray = np.broadcast_to(column, (size,)).copy()
+    return spread

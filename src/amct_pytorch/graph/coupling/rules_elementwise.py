@@ -120,7 +120,5 @@ def set_item(flow: Propagation, op: OpCall) -> Results:
         if carried(part) or carried(other):
             reason = f"{place(op)} joins it with what stays"
             spread = other.expand(part.shape)
-            flow.sets.tie(
-                part.reshape(-1).numpy(), spread.reshape(-1).contiguous().numpy(), reason
-            )
+            flow.sets.tie(part.reshape(-1).numpy(), spread.reshape(-1).contiguous().numpy(), reason)
     return [compact(labels, flow.sets)]

@@ -28,9 +28,7 @@ def transposed_convolution(flow: Propagation, op: OpCall) -> Results:
 
 
 def _convolution(flow: Propagation, op: OpCall, *, transposed: bool) -> Results:
-    x, weight, bias = (
-        op.argument(i, name) for i, name in enumerate(("input", "weight", "bias"))
-    )
+    x, weight, bias = (op.argument(i, name) for i, name in enumerate(("input", "weight", "bias")))
     groups = op.argument(6, "groups") or 1
     if not isinstance(x, Operand) or not isinstance(weight, Operand):
         return None
@@ -58,9 +56,7 @@ def _convolution(flow: Propagation, op: OpCall, *, transposed: bool) -> Results:
 @rule("linear")
 def linear(flow: Propagation, op: OpCall) -> Results:
     """Weight [out, in], along the last axis of the input."""
-    x, weight, bias = (
-        op.argument(i, name) for i, name in enumerate(("input", "weight", "bias"))
-    )
+    x, weight, bias = (op.argument(i, name) for i, name in enumerate(("input", "weight", "bias")))
     if not isinstance(x, Operand) or not isinstance(weight, Operand):
         return None
     reason = flow.whose(weight)

@@ -197,5 +197,3 @@ def contract(
         return [stays(shape)]
     channels = flow.sets.roots(changing[left[0]][0])
     return [along(channels, list(result).index(left[0]), shape)]
-
-

@@ -35,7 +35,7 @@ def verify(
     pruned: nn.Module,
     inputs: ModelInputs,
     training: bool = False,
-) -> Broken | None:
+) -> tuple[Trace, Broken | None]:
     """Runs a pruned network and compares every call with the whole network's.
 
     Each has to have results of the size foreseen, and calls that move data have to move the
@@ -48,8 +48,17 @@ def verify(
         pruned: the pruned network.
         inputs: what the whole network was run on.
         training: whether in training mode.
+
+    Returns:
+        The pruned network's run, and the first call that differs.
     """
     trace, error = trace_until(copy_sharing_weights(pruned).train(training), inputs)
+    return trace, _compare(flow, alive, trace, error)
+
+
+def _compare(
+    flow: Propagation, alive: np.ndarray, trace: Trace, error: Exception | None
+) -> Broken | None:
     foreseen = _Foreseen(flow, alive)
     for was, now in zip(flow.trace.ops, trace.ops, strict=False):
         reason = foreseen.differs(was, now, trace)
@@ -150,5 +159,3 @@ class _Replay(Propagation):
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"
-
-
