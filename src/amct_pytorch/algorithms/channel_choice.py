@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from amct_pytorch.graph.coupling.groups import Group, balanced
+from amct_pytorch.graph.coupling.groups import Group, balanced, unequal_blocks
 from amct_pytorch.graph.coupling.labels import ChannelSets
 from amct_pytorch.graph.coupling.slots import Blocks
 
@@ -101,25 +101,6 @@ def choose(
     if unequal is not None:
         return Choice(np.zeros(len(group), dtype=bool), (unequal,))
     return Choice(gone, tuple(dict.fromkeys(notes)))
-
-
-def unequal_blocks(
-    group: Group, gone: np.ndarray, sets: ChannelSets, blocks: Iterable[Blocks]
-) -> str | None:
-    """Why these channels cannot go together: blocks would be left with unequal numbers.
-
-    Args:
-        group: of coupled channels.
-        gone: whether each goes.
-        sets: of the group's network.
-        blocks: of the group's network.
-    """
-    for block in blocks:
-        roots = sets.roots(block.labels)
-        left = (~np.isin(roots, group.sets[gone])).reshape(block.number, -1).sum(axis=1)
-        if (left != left[0]).any():
-            return f"{block.where} needs equal numbers of channels in {block.number} blocks"
-    return None
 
 
 def _counts(group: Group, members: Iterable[np.ndarray]) -> np.ndarray:

@@ -4,16 +4,31 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from amct_pytorch.config.cfg_file import parse_retrain_cfg
-from amct_pytorch.config.prune_cfg import TWO_OF_FOUR, PruneConfig, prune_config_from_cfg
+from amct_pytorch.config.prune_cfg import (
+    CHANNELS,
+    TWO_OF_FOUR,
+    PruneConfig,
+    prune_config_from_cfg,
+)
 from amct_pytorch.errors import ConfigError, RecordError
 from amct_pytorch.files import PathLike, WholeFiles, check_distinct, check_writable
 from amct_pytorch.flows.arguments import public_call
+from amct_pytorch.flows.channel_pruning import (
+    ByConfig,
+    channel_graph,
+    channel_layers,
+    keep_ledger,
+    kept_ledger,
+    prune_channels,
+    pruning_ledger,
+)
 from amct_pytorch.flows.checkpoint import load_checkpoint
 from amct_pytorch.flows.outputs import output_path
 from amct_pytorch.flows.preparation import InputData
@@ -25,14 +40,18 @@ from amct_pytorch.flows.two_of_four import (
     prunable,
     sparsity_ledger,
 )
+from amct_pytorch.graph.coupling.graph import ChannelGraph
 from amct_pytorch.graph.look import ModelGraph, look_at
 from amct_pytorch.graph.tensors import ModelInputs
 from amct_pytorch.logs import start_logging
 from amct_pytorch.nn.instrument import instrument
 from amct_pytorch.nn.sparse import sparse_layers
 from amct_pytorch.processes import rank
+from amct_pytorch.record.prune_groups import gone_of_record, has_channels, prune_records
 from amct_pytorch.record.record_file import RecordFile, read_record, write_record
 from amct_pytorch.record.selective import add_masks, has_selective, selective_nodes
+from amct_pytorch.report.pruning import PruningLedger, pruning_table
+from amct_pytorch.report.sparsity import SparsityLedger
 
 if TYPE_CHECKING:
     from amct_pytorch.export.float_model import DynamicAxes
@@ -46,6 +65,12 @@ def create_prune_retrain_model(
     record_file: PathLike,
 ) -> nn.Module:
     """A sparse copy of the model, to train on.
+
+    Channel pruning (`filter_pruner`): output channels of Conv2d and Linear layers are taken out,
+    and with them everything that hangs together with them: BatchNorms, depthwise convolutions,
+    what is added or concatenated, the inputs of the next layers. What is returned is a network
+    of ordinary modules of smaller size. What cannot be followed safely stays whole, with the
+    reason in the log and in the ledger that `save_prune_retrain_model` writes.
 
     2:4 sparsity (`n_out_of_m_pruner`): of each four consecutive weights along the input channels
     of Linear, Conv2d and ConvTranspose2d layers the two largest stay. They are selected anew in
@@ -62,7 +87,7 @@ def create_prune_retrain_model(
 
     Returns:
         The model to train, on the model's device, its modules in training or eval mode as the
-        model's are. Its state dict holds the masks too.
+        model's are. With 2:4 its state dict holds the masks too.
 
     Raises:
         AmctError: naming the argument, file or layer, what was found and what is allowed;
@@ -72,8 +97,21 @@ def create_prune_retrain_model(
     inputs = ModelInputs.of(input_data)
     check_distinct(config_defination=config_defination, record_file=record_file)
     check_writable(record_file, "record_file")
-    graph, config = _asked(model, inputs, config_defination)
+    began = time.perf_counter()
+    asked = _asked(model, inputs, config_defination)
+    graph, config = asked.graph, asked.config
     start_logging(to_file=True)
+    if asked.channels is not None:
+        choice = ByConfig(model, config)
+        analysed = time.perf_counter() - began
+        pruned = prune_channels(model, inputs, asked.channels, choice)
+        seconds = {"look and follow": analysed}
+        keep_ledger(pruned.model, pruning_ledger(model, pruned, inputs, choice, seconds))
+        record = RecordFile()
+        record.message.prune_record.extend(prune_records(pruned.graph.groups, pruned.gone))
+        if rank() == 0:
+            write_record(record_file, record)
+        return pruned.model
     plan = SparsePlan.of(config, graph, str(config_defination))
     sparse = make_model_sparse(model, graph, inputs, plan)
     plan.tell()
@@ -115,11 +153,20 @@ def restore_prune_retrain_model(
     start_logging(to_file=False)
     inputs = ModelInputs.of(input_data)
     record = read_record(record_file)
-    graph, config = _asked(model, inputs, config_defination)
-    if has_selective(record) != (config.kind == TWO_OF_FOUR):
+    asked = _asked(model, inputs, config_defination)
+    graph, config = asked.graph, asked.config
+    kinds = {TWO_OF_FOUR: has_selective(record), CHANNELS: has_channels(record)}
+    if not kinds[config.kind] and any(kinds.values()):
         raise RecordError(
             f"{record_file} is not the record of {config_defination}, which asks for {config.kind}"
         )
+    if asked.channels is not None:
+        pruned = prune_channels(
+            model, inputs, asked.channels, lambda channels: gone_of_record(record, channels)
+        )
+        keep_ledger(pruned.model, pruning_ledger(model, pruned, inputs))
+        load_checkpoint(pruned.model, pth_file, state_dict_name)
+        return pruned.model
     recorded = selective_nodes(record, graph.layers)
     plan = SparsePlan.of(config, graph, str(config_defination))
     check_same_layers(plan, recorded, str(record_file), str(config_defination))
@@ -137,7 +184,7 @@ def save_prune_retrain_model(
     output_names: Sequence[str] | None = None,
     dynamic_axes: DynamicAxes | None = None,
 ) -> None:
-    """Writes a sparse model as ONNX, its zeros in the weights.
+    """Writes a sparse model as ONNX: its channels gone, or its zeros in the weights.
 
     Both files hold the same float model: sparsity alone quantizes nothing. Also writes
     ``<save_path>_ledger.json``. The model can go on training afterwards. Of several processes
@@ -189,7 +236,8 @@ def save_prune_retrain_model(
         dynamic_axes=dynamic_axes,
     )
     plain = build_deploy(float_model, {})
-    ledger = sparsity_ledger(inner, tuple(prunable(graph)))
+    ledger: SparsityLedger | PruningLedger
+    ledger = kept_ledger(inner) or sparsity_ledger(inner, tuple(prunable(graph)))
     with WholeFiles() as files:
         for name in ("fake_quant", "deploy"):
             ledger.bytes[name] = save_onnx(
@@ -197,16 +245,38 @@ def save_prune_retrain_model(
             )
         ledger.seconds["save"] = time.perf_counter() - began
         files.write(targets["ledger"], ledger.to_json().encode(), what="save_path")
+    if isinstance(ledger, PruningLedger):
+        print(pruning_table(ledger))
 
 
-def _asked(model: nn.Module, inputs: ModelInputs, cfg: PathLike) -> tuple[ModelGraph, PruneConfig]:
+@dataclass(frozen=True)
+class _Asked:
+    """What a config asks of a model.
+
+    Attributes:
+        graph: what a look at the model found.
+        config: the plan for each layer.
+        channels: the model's channels, where they are to be pruned.
+    """
+
+    graph: ModelGraph
+    config: PruneConfig
+    channels: ChannelGraph | None
+
+
+def _asked(model: nn.Module, inputs: ModelInputs, cfg: PathLike) -> _Asked:
     """What a look at the model finds, and what the config makes of it."""
     message = parse_retrain_cfg(cfg)
     graph = look_at(model, inputs)
-    config = prune_config_from_cfg(message, prunable(graph), graph.module_names, str(cfg))
+    channels = None
+    layers = prunable(graph)
+    if message.prune_config.HasField(CHANNELS):
+        channels = channel_graph(model, inputs, graph)
+        layers = channel_layers(graph, channels)
+    config = prune_config_from_cfg(message, layers, graph.module_names, str(cfg))
     if config is None:
         raise ConfigError(
             f"{cfg}: it asks for no sparsity: prune_config is missing; allowed in it: "
             "filter_pruner or n_out_of_m_pruner"
         )
-    return graph, config
+    return _Asked(graph, config, channels)

@@ -308,6 +308,7 @@ def _describe(
 def _find_fusable_norms(model: nn.Module, trace: Trace, calls: dict[str, OpCall]) -> dict[str, str]:
     """Layers whose output goes into one BatchNorm in inference form and nowhere else."""
     found = {}
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     for path, call in calls.items():
         kind = LAYER_KINDS[next(k for k, v in LAYER_KINDS.items() if call.function in v.functions)]
         if kind.channel_axis != 1 or not kind.weighted:
@@ -325,15 +326,14 @@ def _find_fusable_norms(model: nn.Module, trace: Trace, calls: dict[str, OpCall]
             isinstance(norm, _BatchNorm)
             and norm.running_mean is not None
             and trace.runs[norm_path] == 1
-            and _normalizes_as_it_says(model, norm, norm_call)
+            and _normalizes_as_it_says(tensors, norm, norm_call)
         ):
             found[path] = norm_path
     return found
 
 
-def _normalizes_as_it_says(model: nn.Module, norm: _BatchNorm, call: OpCall) -> bool:
+def _normalizes_as_it_says(tensors: Mapping[str, Tensor], norm: _BatchNorm, call: OpCall) -> bool:
     """Whether a batch_norm call uses just what its module holds, in inference form."""
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     for position, name in enumerate(("running_mean", "running_var", "weight", "bias"), start=1):
         operand, held = call.argument(position, name), getattr(norm, name)
         used = tensors.get(operand.parameter or "") if isinstance(operand, Operand) else operand

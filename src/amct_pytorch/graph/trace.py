@@ -182,9 +182,9 @@ class _Recorder(TorchFunctionMode):
         if isinstance(value, Tensor):
             name = self._parameters.get(id(value))
             number = self._value(value)
-            if not value.is_floating_point() and value.numel() <= SMALL:
-                if number not in self.trace.from_input or name is not None:
-                    self.trace.integers[number] = value.detach().clone()
+            fixed = name is not None or number not in self.trace.from_input
+            if fixed and not value.is_floating_point() and value.numel() <= SMALL:
+                self.trace.integers[number] = value.detach().clone()
             return Operand(number, tuple(value.shape), name)
         if isinstance(value, (list, tuple)):
             items = (self._operand(item) for item in value)

@@ -147,7 +147,7 @@ def find_groups(sets: ChannelSets, slots: Sequence[Slot], blocks: Iterable[Block
     by_group: dict[int, list[tuple[Slot, np.ndarray]]] = {}
     for slot, roots in made:
         by_group.setdefault(int(groups.roots(roots[:1])[0]), []).append((slot, roots))
-    found = []
+    found: list[Group] = []
     for members in by_group.values():
         layout: dict[int, int] = {}
         for _, roots in sorted(members, key=lambda member: -len(member[1])):
@@ -173,3 +173,22 @@ def balanced(roots: np.ndarray, number: int) -> bool:
     """Whether each set has as many channels in one block as in any other."""
     table = np.sort(roots.reshape(number, -1), axis=1)
     return bool((table == table[0]).all())
+
+
+def unequal_blocks(
+    group: Group, gone: np.ndarray, sets: ChannelSets, blocks: Iterable[Blocks]
+) -> str | None:
+    """Why these channels cannot go together: blocks would be left with unequal numbers.
+
+    Args:
+        group: of coupled channels.
+        gone: whether each goes.
+        sets: of the group's network.
+        blocks: of the group's network.
+    """
+    for block in blocks:
+        roots = sets.roots(block.labels)
+        left = (~np.isin(roots, group.sets[gone])).reshape(block.number, -1).sum(axis=1)
+        if (left != left[0]).any():
+            return f"{block.where} needs equal numbers of channels in {block.number} blocks"
+    return None

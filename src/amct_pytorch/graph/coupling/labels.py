@@ -167,4 +167,5 @@ def vector(labels: Tensor, axis: int, sets: ChannelSets, reason: str) -> np.ndar
     if table.shape[1] > 1:
         sets.tie(table[:, :1], table[:, 1:], reason)
     column: np.ndarray = sets.roots(table[:, 0])
-    return np.broadcast_to(column, (size,)).copy()
+    spread: np.ndarray = np.broadcast_to(column, (size,)).copy()
+    return spread

@@ -66,6 +66,11 @@ def place(op: OpCall) -> str:
     return f"{name_of(op)}{where}" + (f" ({Path(path).name}:{line})" if path else "")
 
 
+def _in_place(function: str) -> bool:
+    special = function.startswith("__")
+    return (special and function.startswith(("__i", "__set"))) or function.endswith("_") != special
+
+
 def operands(value: Any) -> list[Operand]:
     """Every tensor operand among the arguments of a call, in order."""
     if isinstance(value, Operand):
@@ -95,6 +100,7 @@ class Propagation:
         blocks: which channels have to keep equal numbers.
         joint: the axes over which a call spreads channels, and the one that keeps them apart.
         unfollowed: the calls that could not be followed, with the reason.
+        needless: calls from which no output is computed (a value that is only looked at).
     """
 
     def __init__(
@@ -118,12 +124,18 @@ class Propagation:
         self._whole = whole
         self._bare: dict[str, int] = {}
         self._loose: set[int] = set()
+        needed = trace.reaching_output()
+        self.needless = {
+            op.index
+            for op in trace.ops
+            if needed.isdisjoint(op.outputs) and not _in_place(op.function)
+        }
         self._reads = Counter(value for op in trace.ops for value in set(op.inputs))
 
     def run(self) -> None:
         """Follow every call, then see to weights read as tensors and to the outputs."""
         for op in self.trace.ops:
-            if self._nothing_goes_in(op):
+            if op.index in self.needless or self._nothing_goes_in(op):
                 results: Sequence[Tensor] = [stays(shape) for shape in op.shapes]
             else:
                 results = self._follow(op)

@@ -97,8 +97,9 @@ def into_shape(flow: Propagation, op: OpCall) -> Results:
     found = moved(flow, op)
     if found is None or len(found) != 1:
         return None
-    sizes = op.args[1:] or tuple(op.kwargs.values())
-    sizes = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (list, tuple)) else sizes
+    sizes: Sequence[Any] = op.args[1:] or tuple(op.kwargs.values())
+    if len(sizes) == 1 and isinstance(sizes[0], (list, tuple)):
+        sizes = sizes[0]
     # The axis whose size is left open is the one that can shrink.
     open_axes = [axis for axis, size in enumerate(sizes) if size == -1]
     return [flow.apart(op, found[0], open_axes)]
@@ -167,10 +168,9 @@ def pad(flow: Propagation, op: OpCall) -> Results:
                 labels = labels.narrow(axis, 0, 1)
         labels = F.pad(labels, kept)
     elif changing:
-        (axis,) = changing if len(changing) == 1 else (None,)
-        if axis is None:
+        if len(changing) > 1:
             return None
-        return [along(flow.vector(x, axis, op), axis, op.shapes[0])]
+        return [along(flow.vector(x, changing[0], op), changing[0], op.shapes[0])]
     else:
         labels = labels.narrow(0, 0, 1) if rank else labels
         for axis in range(rank):

@@ -35,7 +35,7 @@ def verify(
     pruned: nn.Module,
     inputs: ModelInputs,
     training: bool = False,
-) -> Broken | None:
+) -> tuple[Trace, Broken | None]:
     """Runs a pruned network and compares every call with the whole network's.
 
     Each has to have results of the size foreseen, and calls that move data have to move the
@@ -48,8 +48,17 @@ def verify(
         pruned: the pruned network.
         inputs: what the whole network was run on.
         training: whether in training mode.
+
+    Returns:
+        The pruned network's run, and the first call that differs.
     """
     trace, error = trace_until(copy_sharing_weights(pruned).train(training), inputs)
+    return trace, _compare(flow, alive, trace, error)
+
+
+def _compare(
+    flow: Propagation, alive: np.ndarray, trace: Trace, error: Exception | None
+) -> Broken | None:
     foreseen = _Foreseen(flow, alive)
     for was, now in zip(flow.trace.ops, trace.ops, strict=False):
         reason = foreseen.differs(was, now, trace)
@@ -79,6 +88,8 @@ class _Foreseen:
         """What one call did otherwise, or None."""
         if was.function != now.function or len(was.outputs) != len(now.outputs):
             return f"the forward takes another way with fewer channels before {place(was)}"
+        if was.index in self._flow.needless:
+            return None
         wanted = [self._left(value) for value in was.outputs]
         for labels, shape in zip(wanted, now.shapes, strict=True):
             if labels is None or tuple(labels.shape) != shape:
