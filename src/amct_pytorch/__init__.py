@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from amct_pytorch.flows.auto_calibration import accuracy_based_auto_calibration
     from amct_pytorch.flows.balancing import quantize_preprocess
     from amct_pytorch.flows.block_calibration import calibrate_blocks
+    from amct_pytorch.flows.channel_search import auto_channel_prune_search
     from amct_pytorch.flows.converted_files import load_converted, save_converted
     from amct_pytorch.flows.decomposition import auto_decomposition, decompose_network
     from amct_pytorch.flows.kv_cache import create_quant_cali_config, create_quant_cali_model
@@ -52,6 +53,7 @@ _HOMES = {
     "QuantCalibrationOp": "nn.module.quantization.quant_calibration_op",
     "accuracy_based_auto_calibration": "flows.auto_calibration",
     "algorithm_register": "flows.low_bit",
+    "auto_channel_prune_search": "flows.channel_search",
     "auto_decomposition": "flows.decomposition",
     "calibrate_blocks": "flows.block_calibration",
     "convert": "flows.low_bit",
@@ -92,6 +94,7 @@ __all__ = [
     "QuantCalibrationOp",
     "accuracy_based_auto_calibration",
     "algorithm_register",
+    "auto_channel_prune_search",
     "auto_decomposition",
     "calibrate_blocks",
     "convert",

@@ -11,7 +11,7 @@ from torch import Tensor
 from amct_pytorch.graph.coupling.groups import Group, Member
 
 # What is no weight that values are multiplied by.
-_NO_WEIGHTS = ("bias", "running_mean", "running_var")
+NO_WEIGHTS = ("bias", "running_mean", "running_var")
 
 
 def balanced_l2_norm(group: Group, tensors: Mapping[str, Tensor]) -> np.ndarray:
@@ -31,7 +31,7 @@ def balanced_l2_norm(group: Group, tensors: Mapping[str, Tensor]) -> np.ndarray:
     total = np.zeros(len(group))
     for member in group.members:
         name = member.slot.tensor
-        if not name or name.rpartition(".")[2] in _NO_WEIGHTS:
+        if not name or name.rpartition(".")[2] in NO_WEIGHTS:
             continue
         squares = _squares(member, tensors[name])
         inside = member.positions >= 0

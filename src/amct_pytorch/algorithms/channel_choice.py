@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,20 +69,13 @@ def choose(
     if group.reason is not None:
         return Choice(gone, (group.reason,))
     notes: list[str] = []
-    made = _counts(group, [member.positions for member in group.producers])
-    tables = _blocks_inside(group, sets, blocks)
-    parted = _counts(group, [row for table in tables for row in table])
-    for positions in _classes(made):
-        entries = int(made[positions[0]].max())
-        parts = [positions[part] for part in _classes(parted[positions])]
-        sizes = {len(part) for part in parts}
-        if len(sizes) > 1:
+    for share in shares(group, sets, blocks):
+        number, entries, parts = share.number, share.entries, share.parts
+        if share.multiple is None:
             notes.append("its blocks have different numbers of channels")
             continue
-        size = sizes.pop()
-        number = len(positions) * entries
-        kept = kept_of(number, ratio, ascend_optimized, entries * len(parts))
-        fewer = size - kept // (entries * len(parts))
+        kept = kept_of(number, ratio, ascend_optimized, share.multiple)
+        fewer = len(parts[0]) - kept // share.multiple
         plain = kept_of(number, ratio, False)
         if fewer == 0 and plain < number:
             why = "to a multiple of 16" if ascend_optimized else f"to {len(parts)} equal blocks"
@@ -101,6 +94,46 @@ def choose(
     if unequal is not None:
         return Choice(np.zeros(len(group), dtype=bool), (unequal,))
     return Choice(gone, tuple(dict.fromkeys(notes)))
+
+
+@dataclass(frozen=True)
+class Share:
+    """Channels of a group that the same layers make, which lose a ratio of their own.
+
+    Attributes:
+        parts: the channels, in parts that lose equally many.
+        entries: channels of a layer for each channel of the group.
+    """
+
+    parts: tuple[np.ndarray, ...]
+    entries: int
+
+    @property
+    def number(self) -> int:
+        """Of them all, counted in channels of the layers."""
+        return sum(map(len, self.parts)) * self.entries
+
+    @property
+    def multiple(self) -> int | None:
+        """Of how many channels of a layer a multiple goes; None: the parts are not equal."""
+        equal = len({len(part) for part in self.parts}) == 1
+        return self.entries * len(self.parts) if equal else None
+
+
+def shares(group: Group, sets: ChannelSets, blocks: Sequence[Blocks]) -> Iterator[Share]:
+    """The channels of a group, by the layers that make them.
+
+    Args:
+        group: of coupled channels.
+        sets: of the group's network.
+        blocks: of the group's network.
+    """
+    made = _counts(group, [member.positions for member in group.producers])
+    tables = _blocks_inside(group, sets, blocks)
+    parted = _counts(group, [row for table in tables for row in table])
+    for positions in _classes(made):
+        parts = tuple(positions[part] for part in _classes(parted[positions]))
+        yield Share(parts, int(made[positions[0]].max()))
 
 
 def _counts(group: Group, members: Iterable[np.ndarray]) -> np.ndarray:

@@ -54,8 +54,9 @@ class Complexity:
         left: dict[str, list[float]] = {}
         for name, side, entries in self._shares[record]:
             left.setdefault(name, list(self._left[name]))[side] -= float(entries[channels].sum())
-        return sum(self._cost(name, self._left[name]) - self._cost(name, own)
-                   for name, own in left.items())
+        return sum(
+            self._cost(name, self._left[name]) - self._cost(name, own) for name, own in left.items()
+        )
 
     def remove(self, record: int, channels: np.ndarray, back: bool = False) -> None:
         """Takes channels of a record away.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -18,17 +19,20 @@ from amct_pytorch.errors import ArgumentValueError
 from amct_pytorch.proto import PruneRecord
 from amct_pytorch.record.attributes import attribute
 
-# Beyond the target by more than this share, other last steps are tried.
-CLOSE = 0.005
+# Beyond the target by more than this share, other states are tried: up to so many steps away
+# in two records, or in three where there are few. The cheapest of those that are near is taken.
+CLOSE = 0.002
+NEAR = 0.01
+STEPS = 3
+FEW = 12
 
 
 class GreedySearch(SearchChannelBase):
     """Prunes what has the least sensitivity by the bit complexity it saves, over all layers.
 
     The value density of a knapsack (Dantzig 1957), with what a step saves worked out anew as
-    the network shrinks. Where the step that reaches the target goes far beyond it, other last
-    steps are tried, one or two of them, and the one closest to the target is taken; then every
-    step that turns out not to be needed is taken back.
+    the network shrinks. Then every step that turns out not to be needed is taken back, and where
+    that still is far beyond the target, states a few steps away are tried.
     """
 
     def channel_prune_search(
@@ -61,6 +65,21 @@ class GreedySearch(SearchChannelBase):
                 own = np.array(attribute(node, "channels"))
                 masks[node.name] = np.where((own >= 0) & gone[own], 0, 1).tolist()
         return masks
+
+
+def largest_ratio(
+    graph_info: GraphInfo,
+    search_records: Sequence[PruneRecord],
+    ascend_optimized: bool,
+    max_prune_ratio: float,
+) -> float:
+    """Whole complexity over the least that can be left of it, whatever the sensitivities."""
+    ladders = [
+        Ladder.of(record, ascend_optimized, max_prune_ratio, rated=False)
+        for record in search_records
+    ]
+    complexity = Complexity(graph_info, search_records)
+    return _State(ladders, complexity, complexity.whole).largest_ratio()
 
 
 class _State:
@@ -110,46 +129,59 @@ class _State:
             if queue and density > queue[0][0]:
                 heapq.heappush(queue, (density, index))
                 continue
-            if self._now_after(index) <= self._target:
-                for last in self._best_end(index):
-                    self._go(last)
-                break
             self._go(index)
             if self._at[index] < len(self._ladders[index].steps):
                 heapq.heappush(queue, (self._density(index), index))
         self._take_back()
+        self._refine()
 
-    def _best_end(self, greedy: int) -> tuple[int, ...]:
-        """The last step, or the last two, by record: the least costly that come close.
+    def _refine(self) -> None:
+        """Moves a few records up or down where that comes closer to the target.
 
-        Args:
-            greedy: the step that the density asks for, which reaches the target.
+        Of all states a few steps away that reach it: the least costly of those that are near,
+        or the closest.
         """
-        if self._beyond(self._now_after(greedy)) <= CLOSE:
-            return (greedy,)
-        ends = list(self._ends())
-        close = [end for end in ends if end[0] <= CLOSE]
-        if close:
-            return min(close, key=lambda end: end[1])[2]
-        return min(ends, key=lambda end: (end[0], end[1]))[2]
+        beyond = self._beyond(self._complexity.now)
+        if beyond <= CLOSE or self._complexity.now > self._target:
+            return
+        best = (True, 0.0, beyond) if beyond <= NEAR else (False, beyond, 0.0)
+        moves: tuple[tuple[int, int], ...] = ()
+        together = 3 if len(self._ladders) <= FEW else 2
+        for indices in itertools.combinations(range(len(self._ladders)), together):
+            ranges = [self._moves(index) for index in indices]
+            for deltas in itertools.product(*ranges):
+                tried = tuple(zip(indices, deltas, strict=True))
+                cost = sum(self._cost(index, delta) for index, delta in tried)
+                self._move(tried)
+                beyond = self._beyond(self._complexity.now)
+                self._move([(index, -delta) for index, delta in tried])
+                if beyond < 0:
+                    continue
+                # Near ones before others; of the near ones the cheapest, of others the closest.
+                rank = (True, cost, beyond) if beyond <= NEAR else (False, beyond, cost)
+                if rank[0] > best[0] or (rank[0] == best[0] and rank[1:] < best[1:]):
+                    best, moves = rank, tried
+        self._move(moves)
 
-    def _ends(self) -> list[tuple[float, float, tuple[int, ...]]]:
-        """How far beyond the target, at what cost, by which steps."""
-        found = []
-        for first in self._open():
-            cost = self._ladders[first].cost(self._at[first])
-            now = self._now_after(first)
-            if now <= self._target:
-                found.append((self._beyond(now), cost, (first,)))
-                continue
-            self._go(first)
-            for second in self._open():
-                after = self._now_after(second)
-                if after <= self._target:
-                    more = self._ladders[second].cost(self._at[second])
-                    found.append((self._beyond(after), cost + more, (first, second)))
-            self._return(first)
-        return found
+    def _moves(self, index: int) -> range:
+        """How many steps a record can go down (negative) or up, a few at most."""
+        at, number = self._at[index], len(self._ladders[index].steps)
+        return range(-min(at, STEPS), min(number - at, STEPS) + 1)
+
+    def _cost(self, index: int, delta: int) -> float:
+        """Sensitivity that a move gives up, negative where it gets some back."""
+        at, ladder = self._at[index], self._ladders[index]
+        if delta >= 0:
+            return sum(ladder.cost(step) for step in range(at, at + delta))
+        return -sum(ladder.cost(step) for step in range(at + delta, at))
+
+    def _move(self, moves: Iterable[tuple[int, int]]) -> None:
+        for index, delta in moves:
+            for _ in range(abs(delta)):
+                if delta > 0:
+                    self._go(index)
+                else:
+                    self._return(index)
 
     def _take_back(self) -> None:
         """Takes back, the costliest first, each step that the target does not need."""
@@ -170,10 +202,6 @@ class _State:
         ladder, at = self._ladders[index], self._at[index]
         saving = self._complexity.saving(index, ladder.steps[at])
         return ladder.cost(at) / saving if saving > 0 else float("inf")
-
-    def _now_after(self, index: int) -> float:
-        step = self._ladders[index].steps[self._at[index]]
-        return self._complexity.now - self._complexity.saving(index, step)
 
     def _now_without(self, index: int) -> float:
         self._return(index)

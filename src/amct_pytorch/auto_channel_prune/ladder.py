@@ -8,11 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from amct_pytorch.algorithms.channel_choice import kept_of
+from amct_pytorch.auto_channel_prune.complexity import channels_in
 from amct_pytorch.errors import ModelError
 from amct_pytorch.proto import PruneNode, PruneRecord
 from amct_pytorch.record.attributes import attribute
-
-from amct_pytorch.auto_channel_prune.complexity import channels_in
 
 
 @dataclass(frozen=True)
@@ -50,18 +49,26 @@ class Ladder:
     steps: tuple[np.ndarray, ...]
 
     @classmethod
-    def of(cls, record: PruneRecord, ascend_optimized: bool, max_prune_ratio: float) -> Ladder:
+    def of(
+        cls,
+        record: PruneRecord,
+        ascend_optimized: bool,
+        max_prune_ratio: float,
+        *,
+        rated: bool = True,
+    ) -> Ladder:
         """The steps of one record.
 
         Args:
             record: whose producers have `sensitivity`.
             ascend_optimized: whether the number kept is a multiple of 16.
             max_prune_ratio: share of a layer's channels that may go at most.
+            rated: whether producers have `sensitivity`; if not, all channels are equal.
 
         Raises:
             ModelError: sensitivities are missing, too few, or NaN.
         """
-        sensitivity = _sensitivity(record)
+        sensitivity = _sensitivity(record) if rated else np.zeros(channels_in(record))
         shares = list(_shares(record, sensitivity))
         counts = [0] * len(shares)
         steps = []
@@ -88,9 +95,7 @@ class Ladder:
 
 
 def _ratios(shares: list[Share]) -> list[float]:
-    found = {
-        gone / share.number for share in shares for gone in range(1, share.number)
-    }
+    found = {gone / share.number for share in shares for gone in range(1, share.number)}
     return sorted(found)
 
 

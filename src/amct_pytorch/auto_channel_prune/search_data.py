@@ -48,9 +48,7 @@ class SearchData:
             ArgumentTypeError, ArgumentValueError: it is something else, or too little.
         """
         if not isinstance(input_data, (list, tuple)) or not input_data:
-            raise ArgumentTypeError(
-                f"input_data is {_shown(input_data)}; {_ALLOWED}"
-            )
+            raise ArgumentTypeError(f"input_data is {_shown(input_data)}; {_ALLOWED}")
         if all(_is_pair(item) for item in input_data):
             if len(input_data) < test_iteration:
                 raise ArgumentValueError(

@@ -144,7 +144,7 @@ class ByConfig:
         """The channels of each group that go."""
         self.ratios, self.choices = {}, {}
         for group in graph.groups:
-            reason, plan = self._asked(group)
+            reason, plan = asked_of(group, self._config)
             if plan is None:
                 self.choices[group.index] = Choice(np.zeros(len(group), dtype=bool), (reason,))
                 continue
@@ -160,24 +160,25 @@ class ByConfig:
             )
         return {index: choice.gone for index, choice in self.choices.items() if choice.gone.any()}
 
-    def _asked(self, group: Group) -> tuple[str, ChannelPlan | None]:
-        """What is asked of a group: the least of its layers' ratios; or why nothing is."""
-        if group.reason is not None:
-            return group.reason, None
-        plans = []
-        for name in group.names:
-            plan = self._config.plans.get(name)
-            if isinstance(plan, ChannelPlan):
-                plans.append(plan)
-            elif name in self._config.left:
-                alone = len(group.names) == 1
-                reason = self._config.left[name]
-                return reason if alone else f"{name} is one of them: {reason}", None
-        if not plans:
-            kinds = " and ".join(KINDS[CHANNELS])
-            return f"of themselves only the channels of {kinds} layers are pruned", None
-        ratio = min(plan.ratio for plan in plans)
-        return "", ChannelPlan(ratio, any(plan.ascend_optimized for plan in plans))
+
+def asked_of(group: Group, config: PruneConfig) -> tuple[str, ChannelPlan | None]:
+    """What a config asks of a group: the least of its layers' ratios; or why nothing is."""
+    if group.reason is not None:
+        return group.reason, None
+    plans = []
+    for name in group.names:
+        plan = config.plans.get(name)
+        if isinstance(plan, ChannelPlan):
+            plans.append(plan)
+        elif name in config.left:
+            alone = len(group.names) == 1
+            reason = config.left[name]
+            return reason if alone else f"{name} is one of them: {reason}", None
+    if not plans:
+        kinds = " and ".join(KINDS[CHANNELS])
+        return f"of themselves only the channels of {kinds} layers are pruned", None
+    ratio = min(plan.ratio for plan in plans)
+    return "", ChannelPlan(ratio, any(plan.ascend_optimized for plan in plans))
 
 
 def pruning_ledger(
