@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from amct_pytorch.flows.balancing import quantize_preprocess
     from amct_pytorch.flows.block_calibration import calibrate_blocks
     from amct_pytorch.flows.channel_search import auto_channel_prune_search
+    from amct_pytorch.flows.compression import (
+        create_compressed_retrain_model,
+        restore_compressed_retrain_model,
+        save_compressed_retrain_model,
+    )
     from amct_pytorch.flows.converted_files import load_converted, save_converted
     from amct_pytorch.flows.decomposition import auto_decomposition, decompose_network
     from amct_pytorch.flows.kv_cache import create_quant_cali_config, create_quant_cali_model
@@ -27,6 +32,12 @@ if TYPE_CHECKING:
         create_prune_retrain_model,
         restore_prune_retrain_model,
         save_prune_retrain_model,
+    )
+    from amct_pytorch.flows.retraining import (
+        create_quant_retrain_config,
+        create_quant_retrain_model,
+        restore_quant_retrain_model,
+        save_quant_retrain_model,
     )
     from amct_pytorch.low_bit.base_module import BaseQuantizeModule
     from amct_pytorch.nn.module.quantization.quant_calibration_op import QuantCalibrationOp
@@ -57,19 +68,26 @@ _HOMES = {
     "auto_decomposition": "flows.decomposition",
     "calibrate_blocks": "flows.block_calibration",
     "convert": "flows.low_bit",
+    "create_compressed_retrain_model": "flows.compression",
     "create_prune_retrain_model": "flows.pruning",
     "create_quant_cali_config": "flows.kv_cache",
     "create_quant_cali_model": "flows.kv_cache",
     "create_quant_config": "flows.post_training",
+    "create_quant_retrain_config": "flows.retraining",
+    "create_quant_retrain_model": "flows.retraining",
     "decompose_network": "flows.decomposition",
     "load_converted": "flows.converted_files",
     "save_converted": "flows.converted_files",
     "deploy_to_qdq": "export.qdq",
+    "restore_compressed_retrain_model": "flows.compression",
     "restore_prune_retrain_model": "flows.pruning",
+    "save_compressed_retrain_model": "flows.compression",
     "save_prune_retrain_model": "flows.pruning",
     "quantize": "flows.low_bit",
     "quantize_model": "flows.post_training",
     "quantize_preprocess": "flows.balancing",
+    "restore_quant_retrain_model": "flows.retraining",
+    "save_quant_retrain_model": "flows.retraining",
     "save_model": "flows.post_training",
     **dict.fromkeys(_PRESETS, "config.presets"),
 }
@@ -98,20 +116,27 @@ __all__ = [
     "auto_decomposition",
     "calibrate_blocks",
     "convert",
+    "create_compressed_retrain_model",
     "create_prune_retrain_model",
     "create_quant_cali_config",
     "create_quant_cali_model",
     "create_quant_config",
+    "create_quant_retrain_config",
+    "create_quant_retrain_model",
     "decompose_network",
     "deploy_to_qdq",
     "load_converted",
     "quantize",
     "quantize_model",
     "quantize_preprocess",
+    "restore_compressed_retrain_model",
     "restore_prune_retrain_model",
+    "restore_quant_retrain_model",
+    "save_compressed_retrain_model",
     "save_converted",
     "save_model",
     "save_prune_retrain_model",
+    "save_quant_retrain_model",
 ]
 
 

@@ -134,6 +134,7 @@ class _State:
                 heapq.heappush(queue, (self._density(index), index))
         self._take_back()
         self._refine()
+        self._take_back()
 
     def _refine(self) -> None:
         """Moves a few records up or down where that comes closer to the target.

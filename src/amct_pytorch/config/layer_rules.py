@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from amct_pytorch.config.models import (
@@ -134,12 +134,19 @@ def with_packable_weights(
     return config.model_copy(update={"layers": configs}), notes
 
 
-def configurable(layers: Sequence[SeenLayer]) -> list[SeenLayer]:
-    """The layers that a config may hold; each one left out is logged with its reason."""
+def configurable(
+    layers: Sequence[SeenLayer], keys: Collection[str] = GLOBAL_KEYS
+) -> list[SeenLayer]:
+    """The layers that a config may hold; each one left out is logged with its reason.
+
+    Args:
+        layers: what a look at the model found.
+        keys: those that stand beside the layers in the config's file.
+    """
     result = []
     for layer in layers:
         reason = layer.reason
-        if reason is None and layer.name in GLOBAL_KEYS:
+        if reason is None and layer.name in keys:
             reason = "its name is a key of the config file; rename the module"
         if reason is None:
             result.append(layer)

@@ -36,7 +36,7 @@ def _require(condition: Callable[[T], bool]) -> AfterValidator:
     return AfterValidator(check)
 
 
-def _not_null(value: object) -> object:
+def not_null(value: object) -> object:
     """None means "not given"; a file says that by leaving the key out."""
     if value is None:
         raise PydanticCustomError("not_allowed", "not allowed")
@@ -60,7 +60,7 @@ def tag(key: str, default: str) -> Discriminator:
 
 Pair = Annotated[tuple[float, float], BeforeValidator(_as_pair)]
 YesNo = Annotated[bool, Field(description="true or false")]
-MaybeYesNo = Annotated[bool | None, BeforeValidator(_not_null), Field(description="true or false")]
+MaybeYesNo = Annotated[bool | None, BeforeValidator(not_null), Field(description="true or false")]
 Percentile = Annotated[float, Field(gt=0.5, le=1, description="a number in (0.5, 1]")]
 Fraction = Annotated[float, Field(gt=0, lt=1, description="a number in (0, 1)")]
 ActivationBits = Annotated[
@@ -68,6 +68,11 @@ ActivationBits = Annotated[
 ]
 WeightBits = Annotated[
     int, _require(lambda n: n in (4, 6, 7, 8)), Field(description="8, 7, 6 or 4")
+]
+FakequantPrecisionMode = Annotated[
+    Literal["FORCE_FP16_QUANT"] | None,
+    BeforeValidator(not_null),
+    Field(description='"FORCE_FP16_QUANT", or no such key'),
 ]
 BinCount = Annotated[
     int,
@@ -181,7 +186,7 @@ class LayerConfig(Strict):
     quant_enable: YesNo = True
     dmq_balancer_param: Annotated[
         float | None,
-        BeforeValidator(_not_null),
+        BeforeValidator(not_null),
         Field(ge=0.2, le=0.8, description="a number in [0.2, 0.8]"),
     ] = None
     activation_quant_params: ActivationParams
@@ -209,11 +214,7 @@ class CalibrationConfig(Strict):
     batch_num: int = Field(default=1, ge=1, description="an integer >= 1")
     activation_offset: YesNo = True
     do_fusion: YesNo = True
-    fakequant_precision_mode: Annotated[
-        Literal["FORCE_FP16_QUANT"] | None,
-        BeforeValidator(_not_null),
-        Field(description='"FORCE_FP16_QUANT", or no such key'),
-    ] = None
+    fakequant_precision_mode: FakequantPrecisionMode = None
     skip_fusion_layers: list[str] = Field(default=[], description="a list of layer names")
     bias_correction: YesNo = True
     cross_layer_equalization: YesNo = False

@@ -57,7 +57,9 @@ class IntegerLayer:
             # A window of as many values as this would take a pool beyond 2^24.
             kernel: list[int] = list(attribute(self.layer.node, "kernel_shape", ()))
             return math.prod(kernel) * self.activation.reach(self.offset)
-        return largest_sum(self.weight, self.bias, self.layer.layout, self.offset)
+        return largest_sum(
+            self.weight, self.bias, self.layer.layout, self.offset, self.activation.bits
+        )
 
     def exact_in_float32(self) -> bool:
         """Whether float32 arithmetic yields this layer's integers exactly for every input."""
@@ -172,11 +174,6 @@ def _check_supported(layer: LayerNode, factors: LayerFactors) -> None:
                 f"layer {layer.name!r}: weights of 4 bits cannot be packed with an odd number of "
                 "input channels or with groups; give it wts_type INT8"
             )
-    if factors.activation_bits != 8:
-        raise ExportError(
-            f"layer {layer.name!r}: inputs of {factors.activation_bits} bits cannot be deployed "
-            "yet; allowed are 8"
-        )
 
 
 def check_factors(factors: Mapping[str, LayerFactors], known: Iterable[str]) -> None:

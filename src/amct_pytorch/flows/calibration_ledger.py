@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from amct_pytorch.config.models import AdaParams, CalibrationConfig
 from amct_pytorch.flows.calibration import CalibrationResult
 from amct_pytorch.graph.layers import LAYER_KINDS, SeenLayer
 from amct_pytorch.graph.look import ModelGraph
 from amct_pytorch.nn.reconstruct import ADA_KINDS, Reconstruction
-from amct_pytorch.report.ledger import LayerEntry, Ledger, decibels
+from amct_pytorch.observers.histogram import Histogram
+from amct_pytorch.record.factors import LayerFactors
+from amct_pytorch.report.ledger import LayerEntry, Ledger, OutputEntry, decibels
 
 
 def calibration_ledger(
@@ -37,7 +39,26 @@ def calibration_ledger(
         else _left_alone(layer, config, result)
         for layer in graph.layers
     ]
-    entries += [
+    return whole_ledger("quantize_model", graph, entries, result.output, seconds)
+
+
+def whole_ledger(
+    flow: str,
+    graph: ModelGraph,
+    entries: Sequence[LayerEntry],
+    output: OutputEntry | None,
+    seconds: Mapping[str, float],
+) -> Ledger:
+    """The ledger of a flow.
+
+    Args:
+        flow: name of its public function.
+        graph: what a look at the model found; modules of other kinds are added from it.
+        entries: of the layers.
+        output: agreement of the model's output.
+        seconds: wall time of each step.
+    """
+    others = [
         LayerEntry(
             other.name,
             other.type,
@@ -48,9 +69,42 @@ def calibration_ledger(
         for other in graph.others
     ]
     order = {name: i for i, name in enumerate(graph.module_names)}
-    entries.sort(key=lambda entry: order.get(entry.name, -1))
+    sorted_entries = sorted([*entries, *others], key=lambda entry: order.get(entry.name, -1))
     rounded = {name: round(value, 4) for name, value in seconds.items()}
-    return Ledger("quantize_model", entries, result.output, rounded)
+    return Ledger(flow, sorted_entries, output, rounded)
+
+
+def float_entry(layer: SeenLayer, reason: str) -> LayerEntry:
+    """The entry of a layer that stayed float."""
+    return LayerEntry(layer.name, layer.kind, "float", reason, _parameters(layer))
+
+
+def quantized_entry(
+    layer: SeenLayer, factors: LayerFactors, observed: Histogram, norm: str | None
+) -> LayerEntry:
+    """The entry of a quantized layer, without its errors.
+
+    Args:
+        layer: the layer.
+        factors: its factors.
+        observed: what was observed of its input.
+        norm: the BatchNorm that was folded into it.
+    """
+    entry = LayerEntry(
+        layer.name,
+        layer.kind,
+        "quantized",
+        parameters=_parameters(layer),
+        fused=norm,
+        input_scale=factors.scale_d,
+        input_offset=factors.offset_d,
+        input_range=(observed.low, observed.high),
+    )
+    if LAYER_KINDS[layer.kind].weighted:
+        entry.weight_bits = factors.weight_bits
+        entry.weight_scales = len(factors.scale_w)
+        entry.weight_scale_range = (min(factors.scale_w), max(factors.scale_w))
+    return entry
 
 
 def _parameters(layer: SeenLayer) -> int:
@@ -68,7 +122,7 @@ def _left_alone(
         reason = "the config says quant_enable false"
     else:
         reason = "it is not in the config"
-    return LayerEntry(layer.name, layer.kind, "float", reason, _parameters(layer))
+    return float_entry(layer, reason)
 
 
 def _quantized(
@@ -81,20 +135,7 @@ def _quantized(
     factors = result.factors[layer.name]
     observed = result.statistics[layer.name].inputs
     errors = result.errors.get(layer.name)
-    entry = LayerEntry(
-        layer.name,
-        layer.kind,
-        "quantized",
-        parameters=_parameters(layer),
-        fused=fused.get(layer.name),
-        input_scale=factors.scale_d,
-        input_offset=factors.offset_d,
-        input_range=(observed.low, observed.high),
-    )
-    if LAYER_KINDS[layer.kind].weighted:
-        entry.weight_bits = factors.weight_bits
-        entry.weight_scales = len(factors.scale_w)
-        entry.weight_scale_range = (min(factors.scale_w), max(factors.scale_w))
+    entry = quantized_entry(layer, factors, observed, fused.get(layer.name))
     if layer.name in notes:
         entry.notes.append(notes[layer.name])
     learned = result.rounded.get(layer.name)

@@ -152,7 +152,7 @@ def prepare(
     start_logging(to_file=False)
     input_names, output_names, dynamic_axes = names
     inputs = ModelInputs.of(input_data)
-    weights = _names_of_weights(model)
+    weights = names_of_weights(model)
     check_names(inputs, input_names, output_names, dynamic_axes, weights)
     check_distinct(
         config_file=config_file, modfied_onnx_file=modfied_onnx_file, record_file=record_file
@@ -219,7 +219,7 @@ def prepare(
     return prepared
 
 
-def _names_of_weights(model: nn.Module) -> set[str]:
+def names_of_weights(model: nn.Module) -> set[str]:
     """The names that a model's tensors have in its ONNX file."""
     if not isinstance(model, nn.Module):
         return set()
@@ -341,7 +341,13 @@ def _complete_onnx(
     save_onnx(model, path, what="modfied_onnx_file", announce=False, files=files)
 
 
-def warn_if_poor(ledger: Ledger) -> None:
+MORE_DATA = (
+    "Give more, or more typical, calibration data, or leave these layers in float (quant_enable "
+    "false)"
+)
+
+
+def warn_if_poor(ledger: Ledger, data: str = "calibration data", advice: str = MORE_DATA) -> None:
     """Says loudly that the quantized model has little to do with the float one."""
     if ledger.output is None or not ledger.output.poor:
         return
@@ -352,9 +358,10 @@ def warn_if_poor(ledger: Ledger) -> None:
     names = ", ".join(f"{entry.name} ({entry.sqnr_db:.1f} dB)" for entry in worst)
     logger.warning(
         "POOR AGREEMENT: the quantized model's output has SQNR %s dB and cosine %.4f against the "
-        "float model on calibration data. Worst layers: %s. Give more, or more typical, "
-        "calibration data, or leave these layers in float (quant_enable false).",
+        "float model on %s. Worst layers: %s. %s.",
         "inf" if ledger.output.sqnr_db is None else f"{ledger.output.sqnr_db:.1f}",
         ledger.output.cosine,
+        data,
         names,
+        advice,
     )

@@ -120,6 +120,24 @@ class IntFormat(NumberFormat):
         scale = c_float(hi / self.qmax if hi >= -lo else lo / self.qmin).value
         return 1.0 if scale < SMALLEST_SCALE else scale
 
+    def range_factors(self, lo: float, hi: float, *, symmetric: bool) -> tuple[float, int]:
+        """`factors` of one range by plain numbers: many times faster, equal to the last bit.
+
+        Args:
+            lo: lower end; a finite float32 value, as `hi`.
+            hi: upper end.
+            symmetric: whether the offset is fixed at 0.
+        """
+        lo, hi = min(lo, 0.0), max(hi, 0.0)
+        if symmetric:
+            return self.symmetric_scale(lo, hi), 0
+        scale = c_float(c_float(hi - lo).value / (self.qmax - self.qmin)).value
+        if scale < SMALLEST_SCALE:
+            return 1.0, self.qmin
+        # Python rounds half to even, as torch does.
+        offset = self.qmin - round(c_float(lo / scale).value)
+        return scale, min(max(offset, self.qmin), self.qmax)
+
     def reach(self, offset: int) -> int:
         """Largest |q - offset| of any integer q."""
         return max(self.qmax - offset, offset - self.qmin)

@@ -107,3 +107,24 @@ def _following(
             return None
         args, kwargs = (slope.detach(),), {}
     return Activation(name, function, tuple(args), kwargs)
+
+
+def behind_relu(graph: ModelGraph, layer: str) -> bool:
+    """Whether what a layer reads is the result of a ReLU, in whatever form it was called."""
+    x = graph.calls[layer].argument(0, "input")
+    makers = [op for op in graph.trace.ops if isinstance(x, Operand) and x.value in op.outputs]
+    if not makers:
+        return False
+    call = makers[-1]
+    name = call.function.rstrip("_")
+    if name == "clamp":
+        return _number(call.argument(1, "min")) == 0.0 and call.argument(2, "max") is None
+    if name == "clamp_min":
+        return _number(call.argument(1, "min")) == 0.0
+    if name == "threshold":
+        return _number(call.argument(1, "threshold")) == _number(call.argument(2, "value")) == 0.0
+    return name == "relu"
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) else None

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from amct_pytorch.formats import IntFormat
 from amct_pytorch.graph.tensors import in_float64, result_dtype, without_autocast
+from amct_pytorch.graph.weight_layout import WeightLayout
 from amct_pytorch.nn.intercept import LayerCall
-from amct_pytorch.nn.wrapped import CompressedLayer, Stage
+from amct_pytorch.nn.wrapped import CompressedLayer, HasChannels, Stage
 from amct_pytorch.record.factors import LayerFactors
 
 
@@ -54,30 +55,53 @@ class IntegerOperands:
             factors: its factors.
             weight: int8 weight; None: the layer's own, rounded to the nearest.
         """
+        return cls.on(
+            layer.weight.detach(), layer.bias, factors, layer.layout, integer_weight=weight
+        )
+
+    @classmethod
+    def on(
+        cls,
+        weight: Tensor,
+        bias: Tensor,
+        factors: LayerFactors,
+        layout: WeightLayout | None,
+        *,
+        integer_weight: Tensor | None = None,
+    ) -> IntegerOperands:
+        """The operands of a layer with these float ones.
+
+        Args:
+            weight: after fusion.
+            bias: likewise.
+            factors: complete.
+            layout: of the weight; None for a layer without weights.
+            integer_weight: int8; None: `weight` rounded to the nearest.
+        """
         assert factors.scale_d is not None
-        device = layer.weight.device
+        device = weight.device
         scale_w = torch.tensor(factors.scale_w, dtype=torch.float32).to(device)
         scale_d = torch.tensor(factors.scale_d, dtype=torch.float32)
-        if weight is None:
-            exact = layer.weight.detach().float()
-            integers = IntFormat(factors.weight_bits).quantize(exact, layer.per_output(scale_w))
-            weight = integers.to(torch.int8)
+        if integer_weight is None:
+            along = layout.along_channels(scale_w, weight.shape) if layout else scale_w
+            integers = IntFormat(factors.weight_bits).quantize(weight.float(), along)
+            integer_weight = integers.to(torch.int8)
         bias_scale = torch.from_numpy(factors.bias_scale()).to(device)
         return cls(
             IntFormat(factors.activation_bits),
             float(torch.tensor(1.0) / scale_d),
             factors.offset_d,
-            weight,
+            integer_weight,
             torch.from_numpy(factors.dequant_scale()).to(device),
             bias_scale,
-            integer_bias(layer.bias, bias_scale),
+            integer_bias(bias, bias_scale),
         )
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """(q - offset) of the input."""
         return self.activation.steps_by_inverse(x, self.inverse_scale, self.offset)
 
-    def run(self, layer: CompressedLayer, call: LayerCall) -> Tensor:
+    def run(self, layer: HasChannels, call: LayerCall) -> Tensor:
         """The call's result, in the type that it has in the float network."""
         bias = self.bias.float().to(call.x.device)
         # Integers up to 2^24 are exact in float32 and in nothing that autocast would choose.

@@ -77,7 +77,27 @@ class Wrapped(nn.Module):
             return self.layer(*args, **kwargs)
 
 
-class CompressedLayer(Wrapped):
+class HasChannels(Wrapped):
+    """A stand-in for a layer of a known kind.
+
+    Args:
+        kind: its row of the layer table.
+        layer: see `Wrapped`.
+        own: see `Wrapped`.
+    """
+
+    def __init__(self, kind: LayerKind, layer: nn.Module, **own: nn.Parameter) -> None:
+        super().__init__(layer, kind.functions, **own)
+        self.kind = kind
+
+    def per_channel(self, values: Tensor, x: Tensor) -> Tensor:
+        """One value per channel, shaped to broadcast over the layer's input or output."""
+        shape = [1] * x.dim()
+        shape[self.kind.channel_axis] = -1
+        return values.view(shape)
+
+
+class CompressedLayer(HasChannels):
     """A layer whose operands the toolkit owns.
 
     Holds the layer's final `weight` and `bias` (after fusion) and uses them in the layer's
@@ -120,13 +140,12 @@ class CompressedLayer(Wrapped):
             bias = weight.new_zeros(layout.channels(weight.shape) if layout else 0)
         bias = bias.detach().to(file_dtype(bias.dtype), copy=True)
         super().__init__(
+            kind,
             layer,
-            kind.functions,
             weight=own_weight,
             bias=nn.Parameter(bias, requires_grad=False),
         )
         self.name = name
-        self.kind = kind
         self.groups = groups
         self.tensor_balance_factor = None
         if balance is not None:
@@ -137,12 +156,6 @@ class CompressedLayer(Wrapped):
             self.tensor_balance_factor = held
         self.layout = layout
         self.stage: Stage | None = None
-
-    def per_channel(self, values: Tensor, x: Tensor) -> Tensor:
-        """One value per channel, shaped to broadcast over the layer's input or output."""
-        shape = [1] * x.dim()
-        shape[self.kind.channel_axis] = -1
-        return values.view(shape)
 
     def per_output(self, values: Tensor) -> Tensor:
         """One value (or one per output channel), shaped to broadcast over the weight."""

@@ -25,6 +25,8 @@ HALF_BINS = 2**14
 CHUNK = 2**18
 # Values below 2^this share the bins of that range; its 1/w is still a finite float32.
 SMALLEST_EXPONENT = -100
+# Numbers in a stored histogram.
+PACKED = 4 + 2 * KEPT + 2 * HALF_BINS
 
 
 class Counted(Protocol):
@@ -201,6 +203,25 @@ class Histogram:
         self._inner = _coarsened(self._inner, exponent - self._exponent)
         self._exponent = exponent
         self._inner = self._inner + _binned(outside, exponent)
+
+    def packed(self) -> Tensor:
+        """Everything that was counted, as one tensor to be stored: float64 [PACKED], exact."""
+        head = [self.low, self.high, self.total, self._exponent]
+        numbers = torch.tensor(head, dtype=torch.float64)
+        tails = [self._largest.values, self._smallest.values]
+        return torch.cat([numbers, *tails, self._inner.double()])
+
+    @classmethod
+    def unpacked(cls, packed: Tensor) -> Histogram:
+        """The histogram of which `packed` came."""
+        packed = packed.cpu()
+        histogram = cls()
+        head, largest, smallest, inner = packed.split([4, KEPT, KEPT, 2 * HALF_BINS])
+        histogram.low, histogram.high = float(head[0]), float(head[1])
+        histogram.total, histogram._exponent = int(head[2]), int(head[3])
+        histogram._largest.values, histogram._smallest.values = largest.clone(), smallest.clone()
+        histogram._inner = inner.long()
+        return histogram
 
     def prefix_sums(self) -> PrefixSums:
         """Cumulated count, sum and sum of squares, for scoring many ranges at once."""

@@ -119,7 +119,12 @@ def squared_errors(
 
 
 def search_range(
-    histogram: Histogram, settings: SearchSettings, number_format: IntFormat, *, symmetric: bool
+    histogram: Histogram,
+    settings: SearchSettings,
+    number_format: IntFormat,
+    *,
+    symmetric: bool,
+    from_zero: bool = False,
 ) -> tuple[float, int]:
     """The scale and offset with the least mean squared error over the observed values.
 
@@ -130,11 +135,14 @@ def search_range(
         settings: starting points and multiples to try.
         number_format: the integers to quantize to.
         symmetric: whether the offset is fixed at 0.
+        from_zero: whether the lower end is fixed at 0, whatever was observed below it.
 
     Returns:
         (scale, offset), the scale a float32 value.
     """
     low, high = starting_points(histogram, settings)
+    if from_zero:
+        low = 0.0
     sums = histogram.prefix_sums()
 
     def errors(scale: Tensor, offset: Tensor) -> Tensor:

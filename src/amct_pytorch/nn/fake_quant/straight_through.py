@@ -1,0 +1,66 @@
+"""Rounding of weights that gradients pass straight through (STE)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amct_pytorch.formats import IntFormat
+
+
+def straight_through(weight: Tensor, scale: Tensor, number_format: IntFormat) -> Tensor:
+    """`weight` rounded to multiples of `scale`; its gradient is that of the result.
+
+    Args:
+        weight: floating, any shape.
+        scale: positive, broadcastable to it; gets no gradient.
+        number_format: the integers.
+    """
+    result: Tensor = _StraightThrough.apply(weight, scale, number_format.bits)
+    return result
+
+
+def learned_scale(weight: Tensor, scale: Tensor, number_format: IntFormat) -> Tensor:
+    """As `straight_through`, with a gradient of the scale too (LSQ, arXiv 1902.08153, eq. 3).
+
+    With u = weight / scale: d / d weight is 1 where qmin <= u <= qmax, else 0;
+    d / d scale is round(u) - u there, and qmin or qmax beyond.
+    """
+    result: Tensor = _LearnedScale.apply(weight, scale, number_format.bits)
+    return result
+
+
+def _rounded(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+    return IntFormat(bits).quantize(weight, scale).mul_(scale).to(weight.dtype)
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+        return _rounded(weight, scale, bits)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return grad, None, None
+
+
+class _LearnedScale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        ctx.bits = bits
+        return _rounded(weight, scale, bits)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        weight, scale = ctx.saved_tensors
+        grid = IntFormat(ctx.bits)
+        steps = weight / scale
+        clipped = steps.clamp(grid.qmin, grid.qmax)
+        inside = steps == clipped
+        # The clipped ends are integers; inside, what rounding adds is the gradient.
+        share = torch.where(inside, torch.round(clipped) - clipped, clipped)
+        for_scale = (grad * share).sum_to_size(scale.shape).to(scale.dtype)
+        return torch.where(inside, grad, torch.zeros_like(grad)), for_scale, None
