@@ -81,8 +81,7 @@ def residual_in_place() -> nn.Module:
         x = m.stem(x)
         y = m.a(x)
         y += x
-        y.relu_()
-        return m.head(y.mul_(2).sigmoid_())
+        return m.head(y.mul_(2).relu_())
 
     return Net(run, stem=conv(3, 8), a=conv(8, 8), head=conv(8, 2))
 
@@ -502,6 +501,13 @@ def _(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
+def _mirrored_gradient(context: Any, gradient: Tensor) -> Tensor:
+    return gradient.flip(1)
+
+
+mirror.register_autograd(_mirrored_gradient)
+
+
 def unknown_operator() -> nn.Module:
     def run(m: Any, x: Tensor) -> Tensor:
         x = m.b(F.relu(m.a(x)))
@@ -687,7 +693,7 @@ CASES: dict[str, Case] = {
     "group_norm": Case(group_norm, ("0", "3", "5")),
     "layer_norm": Case(layer_norm, ("0", "3", "5"), inputs=lambda: torch.randn(4, 6)),
     "instance_norm": Case(instance_norm, ("0", "3")),
-    "transposed": Case(transposed, ("0.0", "2")),
+    "transposed": Case(transposed, ("0.0",), (("2", "of themselves"),)),
     "transposed_grouped": Case(transposed_grouped, ("a", "up", "b")),
     "unet": Case(unet, ("down1.0", "down2.0", "join.0")),
     "pixel_shuffle": Case(pixel_shuffle, ("0", "2")),
@@ -734,7 +740,7 @@ CASES: dict[str, Case] = {
     "computed_weight": Case(
         computed_weight, ("0", "4"), (("1", "computed"), ("2", "computed"))
     ),
-    "conv1d_and_3d": Case(conv1d_and_3d, ("a", "b", "c")),
+    "conv1d_and_3d": Case(conv1d_and_3d, ("a", "b"), (("c", "of themselves"),)),
     "recurrent": Case(recurrent, ("a", "c"), (("b", "lstm"),), sequence),
     "two_outputs": Case(two_outputs, ("a",), (("stem", "output"), ("head", "output"))),
     "set_item": Case(set_item, ("a", "b")),

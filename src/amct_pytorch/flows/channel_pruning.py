@@ -214,7 +214,7 @@ def pruning_ledger(
         groups.append(
             GroupEntry(
                 group.names,
-                list(dict.fromkeys(m.slot.owner or m.slot.tensor for m in group.consumers)),
+                group.followers,
                 len(group),
                 len(group) - lost,
                 None if asked is None else asked.ratios.get(group.index),

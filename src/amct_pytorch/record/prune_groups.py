@@ -10,7 +10,7 @@ from amct_pytorch.errors import RecordError, did_you_mean, shown
 from amct_pytorch.graph.coupling.graph import ChannelGraph
 from amct_pytorch.graph.coupling.groups import Group, Member
 from amct_pytorch.graph.coupling.removal import UnfitRemovalError, gone_of_layers
-from amct_pytorch.graph.coupling.slots import Role
+from amct_pytorch.graph.coupling.slots import BARE, Role
 from amct_pytorch.proto import PruneNode, PruneRecord
 from amct_pytorch.record.attributes import attribute, set_int, set_ints, set_string
 from amct_pytorch.record.record_file import RecordFile
@@ -53,8 +53,7 @@ def prune_records(groups: Iterable[Group], gone: Mapping[int, np.ndarray]) -> li
                 lost = (positions >= 0) & gone[group.index][positions]
             if lost.any():
                 set_ints(node, "prune_index", np.flatnonzero(lost).tolist())
-        for _ in _nodes(record.consumer, group.consumers, skip=group.names):
-            pass
+        _nodes(record.consumer, group.consumers, skip=group.names)
         records.append(record)
     return records
 
@@ -68,7 +67,7 @@ def _nodes(
         slot = member.slot
         if slot.role is Role.FOLLOWS and slot.owner in skip:
             continue  # the bias of a layer that makes the channels
-        name = slot.tensor if slot.kind == "Parameter" else slot.owner
+        name = slot.tensor if slot.kind == BARE else slot.owner
         by_name.setdefault(name, []).append(member)
     found = []
     for name, own in by_name.items():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from amct_pytorch.graph.coupling.labels import STAYS, ChannelSets
-from amct_pytorch.graph.coupling.slots import Blocks, Role, Slot
+from amct_pytorch.graph.coupling.slots import BARE, Blocks, Role, Slot
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,12 @@ class Group:
     def names(self) -> list[str]:
         """Names of the layers that make the channels."""
         return list(dict.fromkeys(member.slot.owner for member in self.producers))
+
+    @property
+    def followers(self) -> list[str]:
+        """Names of the layers, and of bare weights, that follow or take them."""
+        found = [m.slot.tensor if m.slot.kind == BARE else m.slot.owner for m in self.consumers]
+        return [name for name in dict.fromkeys(found) if name not in self.names]
 
     @property
     def prunable(self) -> np.ndarray:

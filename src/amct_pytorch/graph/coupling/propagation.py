@@ -23,14 +23,14 @@ from amct_pytorch.graph.coupling.labels import (
     varying,
     vector,
 )
-from amct_pytorch.graph.coupling.slots import Blocks, Role, Slot
+from amct_pytorch.graph.coupling.slots import BARE, Blocks, Role, Slot
 from amct_pytorch.graph.tensors import tensors_in
 from amct_pytorch.graph.trace import OpCall, Operand, Trace
 
 Rule: TypeAlias = "Callable[[Propagation, OpCall], Sequence[Tensor] | None]"
 
 # Weights read as tensors of their own get a label for each entry up to so many.
-BARE = 1 << 20
+LARGEST_BARE = 1 << 20
 
 # By the name of the function; the modules beside this one fill it.
 RULES: dict[str, Rule] = {}
@@ -194,7 +194,7 @@ class Propagation:
     def _of_bare(self, operand: Operand) -> Tensor:
         assert operand.parameter is not None
         number = int(np.prod(operand.shape, dtype=np.int64))
-        if not 1 < number <= BARE or operand.parameter in self._shared:
+        if not 1 < number <= LARGEST_BARE or operand.parameter in self._shared:
             return stays(operand.shape)
         self._bare[operand.parameter] = operand.value
         self._loose.add(operand.value)
@@ -209,9 +209,7 @@ class Propagation:
             found = vector(labels, axes[0], self.sets, "")
             reader = next(op for op in self.trace.ops if value in op.inputs)
             owner = name.rpartition(".")[0]
-            self.slots.append(
-                Slot(owner, name, axes[0], found, Role.FOLLOWS, "Parameter", reader.index)
-            )
+            self.slots.append(Slot(owner, name, axes[0], found, Role.FOLLOWS, BARE, reader.index))
 
     def _source_unseen(self, value: int) -> None:
         op = next(op for op in self.trace.ops if value in op.inputs)

@@ -7,6 +7,9 @@ from enum import Enum
 
 import numpy as np
 
+# Kind of a weight that is read as a tensor of its own.
+BARE = "Parameter"
+
 
 class Role(Enum):
     """What a layer does with the channels along an axis of its weight."""
