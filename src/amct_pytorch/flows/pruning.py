@@ -31,7 +31,7 @@ from amct_pytorch.flows.channel_pruning import (
 )
 from amct_pytorch.flows.checkpoint import load_checkpoint
 from amct_pytorch.flows.outputs import output_path
-from amct_pytorch.flows.preparation import InputData
+from amct_pytorch.flows.preparation import InputData, Names
 from amct_pytorch.flows.two_of_four import (
     SparsePlan,
     check_same_layers,
@@ -47,6 +47,7 @@ from amct_pytorch.logs import start_logging
 from amct_pytorch.nn.instrument import instrument
 from amct_pytorch.nn.sparse import sparse_layers
 from amct_pytorch.processes import rank
+from amct_pytorch.proto import AMCTRetrainConfig
 from amct_pytorch.record.prune_groups import gone_of_record, has_channels, prune_records
 from amct_pytorch.record.record_file import RecordFile, read_record, write_record
 from amct_pytorch.record.selective import add_masks, has_selective, selective_nodes
@@ -97,26 +98,9 @@ def create_prune_retrain_model(
     inputs = ModelInputs.of(input_data)
     check_distinct(config_defination=config_defination, record_file=record_file)
     check_writable(record_file, "record_file")
-    began = time.perf_counter()
-    asked = _asked(model, inputs, config_defination)
-    graph, config = asked.graph, asked.config
+    asked = what_is_asked(model, inputs, parse_retrain_cfg(config_defination), config_defination)
     start_logging(to_file=True)
-    if asked.channels is not None:
-        choice = ByConfig(model, config)
-        analysed = time.perf_counter() - began
-        pruned = prune_channels(model, inputs, asked.channels, choice)
-        seconds = {"look and follow": analysed}
-        keep_ledger(pruned.model, pruning_ledger(model, pruned, inputs, choice, seconds))
-        record = RecordFile()
-        record.message.prune_record.extend(prune_records(pruned.graph.groups, pruned.gone))
-        if rank() == 0:
-            write_record(record_file, record)
-        return pruned.model
-    plan = SparsePlan.of(config, graph, str(config_defination))
-    sparse = make_model_sparse(model, graph, inputs, plan)
-    plan.tell()
-    record = RecordFile()
-    add_masks(record, masks_of(sparse))
+    sparse, record = prune(model, inputs, asked)
     if rank() == 0:
         write_record(record_file, record)
     return sparse
@@ -153,24 +137,8 @@ def restore_prune_retrain_model(
     start_logging(to_file=False)
     inputs = ModelInputs.of(input_data)
     record = read_record(record_file)
-    asked = _asked(model, inputs, config_defination)
-    graph, config = asked.graph, asked.config
-    kinds = {TWO_OF_FOUR: has_selective(record), CHANNELS: has_channels(record)}
-    if not kinds[config.kind] and any(kinds.values()):
-        raise RecordError(
-            f"{record_file} is not the record of {config_defination}, which asks for {config.kind}"
-        )
-    if asked.channels is not None:
-        pruned = prune_channels(
-            model, inputs, asked.channels, lambda channels: gone_of_record(record, channels)
-        )
-        keep_ledger(pruned.model, pruning_ledger(model, pruned, inputs))
-        load_checkpoint(pruned.model, pth_file, state_dict_name)
-        return pruned.model
-    recorded = selective_nodes(record, graph.layers)
-    plan = SparsePlan.of(config, graph, str(config_defination))
-    check_same_layers(plan, recorded, str(record_file), str(config_defination))
-    sparse = make_model_sparse(model, graph, inputs, plan, recorded)
+    asked = what_is_asked(model, inputs, parse_retrain_cfg(config_defination), config_defination)
+    sparse = prune_again(model, inputs, asked, record)
     load_checkpoint(sparse, pth_file, state_dict_name)
     return sparse
 
@@ -204,69 +172,46 @@ def save_prune_retrain_model(
     Raises:
         AmctError: naming the argument, file or layer; nothing is written then.
     """
-    from amct_pytorch.export.deploy import build_deploy
-    from amct_pytorch.export.float_model import (
-        check_exportable,
-        check_names,
-        check_output_count,
-        export_float,
-    )
-    from amct_pytorch.export.onnx_file import save_onnx
-
     start_logging(to_file=False)
-    began = time.perf_counter()
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     inputs = ModelInputs.of(input_data)
-    targets = {name: output_path(save_path, name) for name in ("fake_quant", "deploy", "ledger")}
-    for path in targets.values():
-        check_writable(path, "save_path")
-    check_names(inputs, input_names, output_names, dynamic_axes)
-    graph = look_at(inner, inputs)
-    check_output_count(output_names, len(graph.trace.outputs))
-    check_exportable(graph.trace)
-    baked = instrument(inner, graph, inputs, sparse_layers(inner), {})
-    if rank() != 0:
-        return
-    start_logging(to_file=True)
-    float_model = export_float(
-        baked,
-        inputs,
-        input_names=input_names,
-        output_names=output_names,
-        dynamic_axes=dynamic_axes,
-    )
-    plain = build_deploy(float_model, {})
-    ledger: SparsityLedger | PruningLedger
-    ledger = kept_ledger(inner) or sparsity_ledger(inner, tuple(prunable(graph)))
-    with WholeFiles() as files:
-        for name in ("fake_quant", "deploy"):
-            ledger.bytes[name] = save_onnx(
-                plain, targets[name], what="save_path", external_suffix="", files=files
-            )
-        ledger.seconds["save"] = time.perf_counter() - began
-        files.write(targets["ledger"], ledger.to_json().encode(), what="save_path")
-    if isinstance(ledger, PruningLedger):
-        print(pruning_table(ledger))
+    save_pruned(inner, inputs, save_path, (input_names, output_names, dynamic_axes))
 
 
 @dataclass(frozen=True)
-class _Asked:
+class Asked:
     """What a config asks of a model.
 
     Attributes:
         graph: what a look at the model found.
         config: the plan for each layer.
         channels: the model's channels, where they are to be pruned.
+        source: the config's file, for messages.
+        seconds: wall time of finding out.
     """
 
     graph: ModelGraph
     config: PruneConfig
     channels: ChannelGraph | None
+    source: str
+    seconds: float
 
 
-def _asked(model: nn.Module, inputs: ModelInputs, cfg: PathLike) -> _Asked:
-    """What a look at the model finds, and what the config makes of it."""
-    message = parse_retrain_cfg(cfg)
+def what_is_asked(
+    model: nn.Module, inputs: ModelInputs, message: AMCTRetrainConfig, cfg: PathLike
+) -> Asked:
+    """What a look at the model finds, and what the config makes of it.
+
+    Args:
+        model: left untouched.
+        inputs: to run it on.
+        message: of the config.
+        cfg: its file, for messages.
+
+    Raises:
+        ConfigError: see `prune_config_from_cfg`; or the config asks for no sparsity.
+    """
+    began = time.perf_counter()
     graph = look_at(model, inputs)
     channels = None
     layers = prunable(graph)
@@ -279,4 +224,114 @@ def _asked(model: nn.Module, inputs: ModelInputs, cfg: PathLike) -> _Asked:
             f"{cfg}: it asks for no sparsity: prune_config is missing; allowed in it: "
             "filter_pruner or n_out_of_m_pruner"
         )
-    return _Asked(graph, config, channels)
+    return Asked(graph, config, channels, str(cfg), time.perf_counter() - began)
+
+
+def prune(model: nn.Module, inputs: ModelInputs, asked: Asked) -> tuple[nn.Module, RecordFile]:
+    """A sparse copy of a model, and the record of what was pruned.
+
+    Raises:
+        AmctError: nothing can be pruned, or the model cannot be copied or run.
+    """
+    record = RecordFile()
+    if asked.channels is not None:
+        choice = ByConfig(model, asked.config)
+        pruned = prune_channels(model, inputs, asked.channels, choice)
+        seconds = {"look and follow": asked.seconds}
+        keep_ledger(pruned.model, pruning_ledger(model, pruned, inputs, choice, seconds))
+        record.message.prune_record.extend(prune_records(pruned.graph.groups, pruned.gone))
+        return pruned.model, record
+    plan = SparsePlan.of(asked.config, asked.graph, asked.source)
+    sparse = make_model_sparse(model, asked.graph, inputs, plan)
+    plan.tell()
+    add_masks(record, masks_of(sparse))
+    return sparse, record
+
+
+def prune_again(
+    model: nn.Module, inputs: ModelInputs, asked: Asked, record: RecordFile
+) -> nn.Module:
+    """A copy of a model with the structure that a record has.
+
+    Raises:
+        RecordError: naming the first difference between record, config and model.
+    """
+    config = asked.config
+    kinds = {TWO_OF_FOUR: has_selective(record), CHANNELS: has_channels(record)}
+    if not kinds[config.kind] and any(kinds.values()):
+        raise RecordError(
+            f"{record.source} is not the record of {asked.source}, which asks for {config.kind}"
+        )
+    if asked.channels is not None:
+        pruned = prune_channels(
+            model, inputs, asked.channels, lambda channels: gone_of_record(record, channels)
+        )
+        keep_ledger(pruned.model, pruning_ledger(model, pruned, inputs))
+        return pruned.model
+    recorded = selective_nodes(record, asked.graph.layers)
+    plan = SparsePlan.of(config, asked.graph, asked.source)
+    check_same_layers(plan, recorded, record.source, asked.source)
+    return make_model_sparse(model, asked.graph, inputs, plan, recorded)
+
+
+def save_pruned(
+    model: nn.Module,
+    inputs: ModelInputs,
+    save_path: PathLike,
+    names: Names,
+    flow: str = "save_prune_retrain_model",
+) -> None:
+    """Writes a sparse model that is not quantized; see `save_prune_retrain_model`.
+
+    Args:
+        model: the module itself.
+        inputs: example inputs.
+        save_path: see there.
+        names: `input_names`, `output_names` and `dynamic_axes`.
+        flow: name of the public function, for the ledger.
+
+    Raises:
+        AmctError: see there.
+    """
+    from amct_pytorch.export.deploy import build_deploy
+    from amct_pytorch.export.float_model import (
+        check_exportable,
+        check_names,
+        check_output_count,
+        export_float,
+    )
+    from amct_pytorch.export.onnx_file import save_onnx
+
+    began = time.perf_counter()
+    input_names, output_names, dynamic_axes = names
+    targets = {name: output_path(save_path, name) for name in ("fake_quant", "deploy", "ledger")}
+    for path in targets.values():
+        check_writable(path, "save_path")
+    check_names(inputs, input_names, output_names, dynamic_axes)
+    graph = look_at(model, inputs)
+    check_output_count(output_names, len(graph.trace.outputs))
+    check_exportable(graph.trace)
+    baked = instrument(model, graph, inputs, sparse_layers(model), {})
+    if rank() != 0:
+        return
+    start_logging(to_file=True)
+    float_model = export_float(
+        baked,
+        inputs,
+        input_names=input_names,
+        output_names=output_names,
+        dynamic_axes=dynamic_axes,
+    )
+    plain = build_deploy(float_model, {})
+    ledger: SparsityLedger | PruningLedger
+    ledger = kept_ledger(model) or sparsity_ledger(model, tuple(prunable(graph)))
+    ledger.flow = flow
+    with WholeFiles() as files:
+        for name in ("fake_quant", "deploy"):
+            ledger.bytes[name] = save_onnx(
+                plain, targets[name], what="save_path", external_suffix="", files=files
+            )
+        ledger.seconds["save"] = time.perf_counter() - began
+        files.write(targets["ledger"], ledger.to_json().encode(), what="save_path")
+    if isinstance(ledger, PruningLedger):
+        print(pruning_table(ledger))
