@@ -144,9 +144,7 @@ def gone_of_record(record: RecordFile, graph: ChannelGraph) -> dict[int, np.ndar
         raise RecordError(f"{source}: it does not fit the model: {error}") from None
 
 
-def _check_together(
-    nodes: Sequence[PruneNode], groups: Sequence[Group | None], place: str
-) -> None:
+def _check_together(nodes: Sequence[PruneNode], groups: Sequence[Group | None], place: str) -> None:
     """Finds producers of the same channels that are apart in the model."""
     for i, (node, group) in enumerate(zip(nodes, groups, strict=True)):
         for other, others in zip(nodes[:i], groups[:i], strict=True):
