@@ -17,11 +17,22 @@ if TYPE_CHECKING:
     from amct_pytorch.flows.auto_calibration import accuracy_based_auto_calibration
     from amct_pytorch.flows.balancing import quantize_preprocess
     from amct_pytorch.flows.block_calibration import calibrate_blocks
+    from amct_pytorch.flows.channel_search import auto_channel_prune_search
+    from amct_pytorch.flows.compression import (
+        create_compressed_retrain_model,
+        restore_compressed_retrain_model,
+        save_compressed_retrain_model,
+    )
     from amct_pytorch.flows.converted_files import load_converted, save_converted
     from amct_pytorch.flows.decomposition import auto_decomposition, decompose_network
     from amct_pytorch.flows.kv_cache import create_quant_cali_config, create_quant_cali_model
     from amct_pytorch.flows.low_bit import algorithm_register, convert, quantize
     from amct_pytorch.flows.post_training import create_quant_config, quantize_model, save_model
+    from amct_pytorch.flows.pruning import (
+        create_prune_retrain_model,
+        restore_prune_retrain_model,
+        save_prune_retrain_model,
+    )
     from amct_pytorch.flows.retraining import (
         create_quant_retrain_config,
         create_quant_retrain_model,
@@ -54,10 +65,13 @@ _HOMES = {
     "QuantCalibrationOp": "nn.module.quantization.quant_calibration_op",
     "accuracy_based_auto_calibration": "flows.auto_calibration",
     "algorithm_register": "flows.low_bit",
+    "auto_channel_prune_search": "flows.channel_search",
     "auto_decomposition": "flows.decomposition",
     "calibrate_blocks": "flows.block_calibration",
     "convert": "flows.low_bit",
     "convert_qat_model": "flows.trained_operators",
+    "create_compressed_retrain_model": "flows.compression",
+    "create_prune_retrain_model": "flows.pruning",
     "create_quant_cali_config": "flows.kv_cache",
     "create_quant_cali_model": "flows.kv_cache",
     "create_quant_config": "flows.post_training",
@@ -67,6 +81,10 @@ _HOMES = {
     "load_converted": "flows.converted_files",
     "save_converted": "flows.converted_files",
     "deploy_to_qdq": "export.qdq",
+    "restore_compressed_retrain_model": "flows.compression",
+    "restore_prune_retrain_model": "flows.pruning",
+    "save_compressed_retrain_model": "flows.compression",
+    "save_prune_retrain_model": "flows.pruning",
     "quantize": "flows.low_bit",
     "quantize_model": "flows.post_training",
     "quantize_preprocess": "flows.balancing",
@@ -96,10 +114,13 @@ __all__ = [
     "QuantCalibrationOp",
     "accuracy_based_auto_calibration",
     "algorithm_register",
+    "auto_channel_prune_search",
     "auto_decomposition",
     "calibrate_blocks",
     "convert",
     "convert_qat_model",
+    "create_compressed_retrain_model",
+    "create_prune_retrain_model",
     "create_quant_cali_config",
     "create_quant_cali_model",
     "create_quant_config",
@@ -111,9 +132,13 @@ __all__ = [
     "quantize",
     "quantize_model",
     "quantize_preprocess",
+    "restore_compressed_retrain_model",
+    "restore_prune_retrain_model",
     "restore_quant_retrain_model",
+    "save_compressed_retrain_model",
     "save_converted",
     "save_model",
+    "save_prune_retrain_model",
     "save_quant_retrain_model",
 ]
 

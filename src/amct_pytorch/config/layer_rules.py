@@ -155,12 +155,18 @@ def configurable(
     return result
 
 
-def unknown_layer(name: str, layers: Iterable[SeenLayer], module_names: Iterable[str] = ()) -> str:
-    """The sentence for a name that is none of `layers`."""
+def unknown_layer(
+    name: str,
+    layers: Iterable[SeenLayer],
+    module_names: Iterable[str] = (),
+    kinds: Iterable[str] = tuple(LAYER_KINDS),
+    done: str = "quantized",
+) -> str:
+    """The sentence for a name that is none of `layers`, which are of the types `kinds`."""
     known = [layer.name for layer in layers]
     if name in module_names:
-        kinds = ", ".join(LAYER_KINDS)
-        return f"{name}: the model has it, but it is not of a type that is quantized ({kinds})"
+        allowed = ", ".join(kinds)
+        return f"{name}: the model has it, but it is not of a type that is {done} ({allowed})"
     return f"{name}: the model has no such layer{did_you_mean(name, known)}"
 
 

@@ -23,7 +23,8 @@ class Overrides(Generic[Block]):
         layers: what a look at the model found.
         module_names: names of all modules of the model.
         problems: gets names and types that do not exist, or are there twice.
-        kinds: types of layers that the file may name.
+        kinds: types of layers that overrides may name.
+        done: what the file asks to be done to layers, for messages: ``quantized``, ``pruned``.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class Overrides(Generic[Block]):
         module_names: Collection[str],
         problems: ProblemList,
         kinds: Collection[str] = tuple(LAYER_KINDS),
+        done: str = "quantized",
     ) -> None:
         self.common = common
         self.by_type: dict[str, Block] = {}
@@ -41,6 +43,7 @@ class Overrides(Generic[Block]):
         self._module_names = module_names
         self._problems = problems
         self._kinds = kinds
+        self._done = done
         self._skip_layers: set[str] = set()
         self._skip_types: set[str] = set()
 
@@ -71,16 +74,16 @@ class Overrides(Generic[Block]):
         """
         for entry in entries:
             place = f"{field}[{entry.layer_name}]"
-            self._check_name(entry.layer_name, place)
+            self.check_name(entry.layer_name, place)
             layer = self._layers.get(entry.layer_name)
             if layer is not None and layer.reason is not None:
-                self._problems.add(f"{place}: {layer.name} cannot be quantized: {layer.reason}")
+                self._problems.add(f"{place}: {layer.name} cannot be {self._done}: {layer.reason}")
             self._add(self.by_name, entry.layer_name, read(entry, place), place)
 
     def skip_layers(self, names: Iterable[str], field: str) -> None:
         """Take a list of layers to leave alone."""
         for name in dict.fromkeys(names):
-            self._check_name(name, field)
+            self.check_name(name, field)
             self._skip_layers.add(name)
 
     def skip_types(self, names: Iterable[str], field: str) -> None:
@@ -99,6 +102,14 @@ class Overrides(Generic[Block]):
         """Whether a skip list names the layer or its type."""
         return layer.name in self._skip_layers or layer.kind in self._skip_types
 
+    def check_name(self, name: str, place: str) -> None:
+        """Tell of a name that is none of the layers."""
+        if name not in self._layers:
+            sentence = unknown_layer(
+                name, self._layers.values(), self._module_names, self._kinds, self._done
+            )
+            self._problems.add(f"{place}: {sentence}")
+
     def _add(self, blocks: dict[str, Block], name: str, block: Block, place: str) -> None:
         if name in blocks:
             self._problems.add(f"{place} is there more than once")
@@ -108,13 +119,8 @@ class Overrides(Generic[Block]):
         if name not in self._kinds:
             hint = did_you_mean(name, self._kinds)
             self._problems.add(
-                f"{place}: {shown(name)} is no type of layer that is quantized; "
+                f"{place}: {shown(name)} is no type of layer that is {self._done}; "
                 f"allowed: {', '.join(self._kinds)}{hint}"
             )
         elif all(layer.kind != name for layer in self._layers.values()):
             logger.warning("%s: the model has no layer of type %s", place, name)
-
-    def _check_name(self, name: str, place: str) -> None:
-        if name not in self._layers:
-            sentence = unknown_layer(name, self._layers.values(), self._module_names)
-            self._problems.add(f"{place}: {sentence}")

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -129,6 +130,7 @@ def save_trained(
     flow: str,
     reasons: Callable[[ModelGraph], Mapping[str, str]],
     beside: RecordFile | None = None,
+    notes: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Writes the fake-quant and deploy model, record and ledger of a trained model.
 
@@ -144,6 +146,7 @@ def save_trained(
         reasons: given what a look at the float model found, says why each layer that was not
             trained in quantization was not; may refuse the model.
         beside: what else the record holds.
+        notes: what else was done to layers, for the ledger; of the whole model under ``""``.
 
     Raises:
         AmctError: naming the argument, file or layer; nothing is written then.
@@ -213,6 +216,10 @@ def save_trained(
         inexact_in_float32(float_model, factors),
         {"look and check": looked - started, "export": exported - looked},
     )
+    ledger.notes += [text for name, text in notes.items() if not name]
+    for entry in ledger.layers:
+        if entry.name in notes:
+            entry.notes.append(notes[entry.name])
     release_memory()
     with WholeFiles() as files:
         ledger.bytes = {

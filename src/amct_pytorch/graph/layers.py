@@ -134,6 +134,8 @@ class SeenLayer:
         groups: groups of a convolution, 1 for other layers.
         weight_shape: shape of the weight operand of its call; empty without weights.
         input_shape: shape of the call's data operand; empty if there was no single call.
+        unreachable: why its one call cannot be answered in its place; None if it can, also
+            where something else speaks against quantizing it.
     """
 
     name: str
@@ -143,6 +145,7 @@ class SeenLayer:
     groups: int
     weight_shape: tuple[int, ...]
     input_shape: tuple[int, ...] = ()
+    unreachable: str | None = None
 
     @property
     def quantizable(self) -> bool:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
@@ -104,9 +104,19 @@ def copy_model(model: nn.Module) -> nn.Module:
         ArgumentTypeError: `model` is no module.
         ModelError: it cannot be copied; the message says why.
     """
+    return copy_with(model, {}).eval()
+
+
+def copy_with(model: nn.Module, others: Mapping[Tensor, Tensor]) -> nn.Module:
+    """A deep copy, in the same mode, that has other tensors in the place of some.
+
+    Raises:
+        ArgumentTypeError: `model` is no module.
+        ModelError: it cannot be copied; the message says why.
+    """
     check_model(model)
     try:
-        return copy.deepcopy(model).eval()
+        return copy.deepcopy(model, {id(one): other for one, other in others.items()})
     except Exception as error:
         raise ModelError(
             f"the model cannot be copied (copy.deepcopy): {type(error).__name__}: {error}. "
@@ -143,12 +153,14 @@ def look_at(model: nn.Module, inputs: ModelInputs) -> ModelGraph:
         own_calls = [
             op for op in trace.in_scope(path) if op.function in kind.functions and _owns(op, path)
         ]
-        reason = _why_not(path, module, kind, own_calls, trace, sharing)
-        if reason is None and own_calls[0].outputs[0] not in used:
-            reason = "its output is not used for the model's output"
+        unreachable = _why_unreachable(path, module, kind, own_calls, trace, sharing)
+        if unreachable is None and own_calls[0].outputs[0] not in used:
+            unreachable = "its output is not used for the model's output"
+        reason = unreachable or _why_not_quantized(module, kind, own_calls[0])
         if len(own_calls) == 1:
             calls[path] = own_calls[0]
-        layers.append(_describe(path, module, kind, reason, own_calls))
+        layer = _describe(path, module, kind, reason, own_calls)
+        layers.append(replace(layer, unreachable=unreachable))
     calls = dict(sorted(calls.items(), key=lambda item: item[1].index))
     quantizable = {layer.name: calls[layer.name] for layer in layers if layer.quantizable}
     return ModelGraph(
@@ -208,7 +220,7 @@ def shared_owners(model: nn.Module) -> dict[str, str]:
     return shared
 
 
-def _why_not(
+def _why_unreachable(
     path: str,
     module: nn.Module,
     kind: LayerKind,
@@ -216,7 +228,7 @@ def _why_not(
     trace: Trace,
     sharing: dict[str, str],
 ) -> str | None:
-    """The reason why a layer cannot be quantized, or None."""
+    """The reason why a layer's one call cannot be answered in its place, or None."""
     if not path:
         return "the model itself is this layer; put it into a module, e.g. nn.Sequential(layer)"
     if path in sharing:
@@ -244,9 +256,13 @@ def _why_not(
     x = call.argument(0, "input")
     if not isinstance(x, Operand):
         return "its call has no tensor as input"
-    unusable = _why_not_its_weight(module, call, trace) if kind.weighted else None
-    if unusable is not None:
-        return unusable
+    return _why_not_its_weight(module, call, trace) if kind.weighted else None
+
+
+def _why_not_quantized(module: nn.Module, kind: LayerKind, call: OpCall) -> str | None:
+    """The reason why a layer cannot be quantized though its call is within reach, or None."""
+    x = call.argument(0, "input")
+    assert isinstance(x, Operand)
     if getattr(module, "padding_mode", "zeros") != "zeros":
         return f"padding_mode is {getattr(module, 'padding_mode', None)!r}; supported is 'zeros'"
     rank = len(x.shape)
@@ -292,6 +308,7 @@ def _describe(
 def _find_fusable_norms(model: nn.Module, trace: Trace, calls: dict[str, OpCall]) -> dict[str, str]:
     """Layers whose output goes into one BatchNorm in inference form and nowhere else."""
     found = {}
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     for path, call in calls.items():
         kind = LAYER_KINDS[next(k for k, v in LAYER_KINDS.items() if call.function in v.functions)]
         if kind.channel_axis != 1 or not kind.weighted:
@@ -309,15 +326,14 @@ def _find_fusable_norms(model: nn.Module, trace: Trace, calls: dict[str, OpCall]
             isinstance(norm, _BatchNorm)
             and norm.running_mean is not None
             and trace.runs[norm_path] == 1
-            and _normalizes_as_it_says(model, norm, norm_call)
+            and _normalizes_as_it_says(tensors, norm, norm_call)
         ):
             found[path] = norm_path
     return found
 
 
-def _normalizes_as_it_says(model: nn.Module, norm: _BatchNorm, call: OpCall) -> bool:
+def _normalizes_as_it_says(tensors: Mapping[str, Tensor], norm: _BatchNorm, call: OpCall) -> bool:
     """Whether a batch_norm call uses just what its module holds, in inference form."""
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     for position, name in enumerate(("running_mean", "running_var", "weight", "bias"), start=1):
         operand, held = call.argument(position, name), getattr(norm, name)
         used = tensors.get(operand.parameter or "") if isinstance(operand, Operand) else operand

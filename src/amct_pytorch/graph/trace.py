@@ -7,6 +7,7 @@ in-place operation ends one value and begins the next.
 
 from __future__ import annotations
 
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +26,12 @@ from amct_pytorch.graph.tensors import ModelInputs, in_own_precision, random_sta
 
 TORCH_PACKAGE = torch.__file__.rsplit("/", 1)[0].rsplit("\\", 1)[0]
 OWN_PACKAGE = str(Path(__file__).parent.parent)
+# Integer operands of at most so many values are kept: indices, permutations.
+SMALL = 1 << 16
+# Through these Python sees a tensor's values.
+LOOKS = frozenset(
+    {"__bool__", "__int__", "__index__", "__float__", "item", "tolist", "numpy", "__array__"}
+)
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,9 @@ class OpCall:
         outputs: value of each tensor result, in order.
         args: positional arguments with tensors replaced by their `Operand`.
         kwargs: keyword arguments, likewise.
+        target: the function itself.
+        shapes: shape of each tensor result, in order.
+        site: ``file.py:12``, the user's line that made the call; empty if it was torch's own.
     """
 
     index: int
@@ -48,6 +58,9 @@ class OpCall:
     outputs: tuple[int, ...]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    target: Callable[..., Any] | None = None
+    shapes: tuple[tuple[int, ...], ...] = ()
+    site: str = ""
 
     def argument(self, position: int, name: str) -> Any:
         """The argument given at `position` or by `name`; None if left out."""
@@ -81,8 +94,12 @@ class Trace:
         runs: how often each module's forward ran, by dotted path.
         from_input: values that depend on the model's inputs.
         parameter_values: value of each parameter or buffer that some call read.
-        untraced: values made where torch functions are not seen.
+        untraced: values made where torch functions are not seen, each with the values that
+            were alive just before, which it may have been made from.
         dtypes: floating types that results had.
+        integers: what integer operands held that do not depend on the inputs.
+        decisions: scopes of each place where Python looked at a value that depends on the
+            inputs (``if x.sum() > 0``), with the number of calls before it.
     """
 
     ops: list[OpCall] = field(default_factory=list)
@@ -90,8 +107,10 @@ class Trace:
     runs: dict[str, int] = field(default_factory=dict)
     from_input: set[int] = field(default_factory=set)
     parameter_values: dict[str, int] = field(default_factory=dict)
-    untraced: set[int] = field(default_factory=set)
+    untraced: dict[int, frozenset[int]] = field(default_factory=dict)
     dtypes: set[torch.dtype] = field(default_factory=set)
+    integers: dict[int, Tensor] = field(default_factory=dict)
+    decisions: list[tuple[int, tuple[str, ...]]] = field(default_factory=list)
 
     def consumers(self, value: int) -> list[OpCall]:
         """The calls that read `value`."""
@@ -110,7 +129,7 @@ class Trace:
             if anything or not needed.isdisjoint(op.outputs):
                 needed.update(op.outputs)
                 needed.update(op.inputs)
-                anything |= not self.untraced.isdisjoint(op.inputs)
+                anything |= not self.untraced.keys().isdisjoint(op.inputs)
         return needed
 
     def in_scope(self, path: str) -> Iterator[OpCall]:
@@ -126,33 +145,43 @@ class _Recorder(TorchFunctionMode):
         self.trace = Trace()
         self.scopes: list[str] = []
         self._values: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._alive: frozenset[int] = frozenset()
         self._next_value = 0
         named = [*model.named_parameters(), *model.named_buffers()]
+        # The model keeps these alive, so that their ids are theirs.
         self._parameters = {id(tensor): name for name, tensor in named}
+        self._parameter_values: dict[int, int] = {}
 
     def name_inputs(self, inputs: ModelInputs) -> None:
         for tensor in tensors_in((inputs.args, inputs.kwargs)):
             self.trace.from_input.add(self._renew(tensor))
+        self._alive = frozenset(self._values.values())
 
     def name_outputs(self, outputs: Any) -> None:
         self.trace.outputs = tuple(self._value(tensor) for tensor in tensors_in(outputs))
 
     def _renew(self, tensor: Tensor) -> int:
         value, self._next_value = self._next_value, self._next_value + 1
-        self._values[tensor] = value
+        if id(tensor) in self._parameters:
+            self._parameter_values[id(tensor)] = value
+        else:
+            self._values[tensor] = value
         return value
 
     def _value(self, tensor: Tensor) -> int:
-        value = self._values.get(tensor)
+        parameter = self._parameters.get(id(tensor))
+        if parameter is None:
+            value = self._values.get(tensor)
+        else:
+            value = self._parameter_values.get(id(tensor))
         if value is not None:
             return int(value)
         value = self._renew(tensor)
-        parameter = self._parameters.get(id(tensor))
         if parameter is None:
             # Made where torch functions are not seen (a custom autograd function, a
             # compiled extension): it may depend on the input, so say that it does.
             self.trace.from_input.add(value)
-            self.trace.untraced.add(value)
+            self.trace.untraced[value] = self._alive
         else:
             self.trace.parameter_values[parameter] = value
         return value
@@ -160,9 +189,14 @@ class _Recorder(TorchFunctionMode):
     def _operand(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             name = self._parameters.get(id(value))
-            return Operand(self._value(value), tuple(value.shape), name)
+            number = self._value(value)
+            fixed = name is not None or number not in self.trace.from_input
+            if fixed and not value.is_floating_point() and value.numel() <= SMALL:
+                self.trace.integers[number] = value.detach().clone()
+            return Operand(number, tuple(value.shape), name)
         if isinstance(value, (list, tuple)):
-            return [self._operand(item) for item in value]
+            items = (self._operand(item) for item in value)
+            return tuple(items) if isinstance(value, tuple) else list(items)
         return value
 
     def __torch_function__(
@@ -184,10 +218,26 @@ class _Recorder(TorchFunctionMode):
             if any(value in self.trace.from_input for value in inputs):
                 self.trace.from_input.update(outputs)
             index = len(self.trace.ops)
+            shapes = tuple(tuple(tensor.shape) for tensor in changed)
+            scopes = tuple(self.scopes)
             self.trace.ops.append(
-                OpCall(index, name, tuple(self.scopes), inputs, outputs, operands, named)
+                OpCall(index, name, scopes, inputs, outputs, operands, named, func, shapes, _site())
             )
+            self._alive = frozenset(self._values.values())
+        elif name in LOOKS and any(value in self.trace.from_input for value in inputs):
+            self.trace.decisions.append((len(self.trace.ops), tuple(self.scopes)))
         return result
+
+
+def _site() -> str:
+    """The innermost line outside torch and the toolkit that is running."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        filename = frame.f_code.co_filename
+        if not filename.startswith((TORCH_PACKAGE, OWN_PACKAGE)):
+            return f"{filename}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""
 
 
 @contextmanager
@@ -249,6 +299,18 @@ def trace_forward(model: nn.Module, inputs: ModelInputs) -> Trace:
         ModelError: the forward raised; the message names the module, the user's line and
             what to look at.
     """
+    trace, error = trace_until(model, inputs)
+    if error is not None:
+        raise ModelError(
+            f"the model cannot be run on input_data: {type(error).__name__} "
+            f"{where_it_failed(model, error.__traceback__)}: {error}. "
+            "Check that model(*input_data) works by itself."
+        ) from error
+    return trace
+
+
+def trace_until(model: nn.Module, inputs: ModelInputs) -> tuple[Trace, Exception | None]:
+    """As `trace_forward`: what a model did until it was done or raised, and what it raised."""
     recorder = _Recorder(model)
     inputs = inputs.copied()
     recorder.name_inputs(inputs)
@@ -261,10 +323,6 @@ def trace_forward(model: nn.Module, inputs: ModelInputs) -> Trace:
         ):
             outputs = inputs.call(model)
     except Exception as error:
-        raise ModelError(
-            f"the model cannot be run on input_data: {type(error).__name__} "
-            f"{where_it_failed(model, error.__traceback__)}: {error}. "
-            "Check that model(*input_data) works by itself."
-        ) from error
+        return recorder.trace, error
     recorder.name_outputs(outputs)
-    return recorder.trace
+    return recorder.trace, None

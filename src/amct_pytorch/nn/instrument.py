@@ -60,21 +60,18 @@ def instrument(
     copied = copy_model(model)
     wanted = set(names)
     layers = [layer for layer in graph.layers if layer.name in wanted]
-    operands = _operands(copied, graph, layers)
-    computed = [layer.name for layer in layers if layer.name not in operands]
-    if computed:
-        operands |= _captured(copy_model(model), inputs, computed)
+    operands = call_operands(copied, model, graph, inputs, layers)
     replacements: dict[nn.Module, nn.Module] = {}
     for layer in layers:
         weight, bias = operands[layer.name]
         kind = LAYER_KINDS[layer.kind]
-        _check_finite(layer.name, weight, bias)
+        check_finite(layer.name, weight, bias)
         norm_name = fused.get(layer.name)
         if norm_name is not None:
             norm = copied.get_submodule(norm_name)
             assert isinstance(norm, _BatchNorm)
             fused_weight, bias = fuse_norm(weight, bias, norm, kind.layout(layer.groups))
-            _check_finite(f"{layer.name} with {norm_name} fused", fused_weight, bias)
+            check_finite(f"{layer.name} with {norm_name} fused", fused_weight, bias)
             if fused_weight.dtype == weight.dtype:
                 with torch.no_grad():
                     weight.copy_(fused_weight)
@@ -84,7 +81,7 @@ def instrument(
         factors = balance.get(layer.name)
         if factors is not None:
             balanced = balanced_weight(kind.layout(layer.groups), layer.groups, weight, factors)
-            _check_finite(f"{layer.name} after balancing", balanced, None)
+            check_finite(f"{layer.name} after balancing", balanced, None)
             weight = balanced
         module = copied.get_submodule(layer.name)
         replacements[module] = CompressedLayer(
@@ -117,6 +114,29 @@ def _check_same(original: list[Tensor], instrumented: list[Tensor], same_db: flo
                 "(functools.partial, a helper object); call it as an attribute of its module, or "
                 "name its layer in skip_fusion_layers"
             )
+
+
+def call_operands(
+    copied: nn.Module,
+    model: nn.Module,
+    graph: ModelGraph,
+    inputs: ModelInputs,
+    layers: Sequence[SeenLayer],
+) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """Weight and bias operand of each layer's call, by layer name.
+
+    Args:
+        copied: a copy of `model`, whose parameters are given where they are the operands.
+        model: the model; it is copied once more and run where a layer computes its operands.
+        graph: what a look at it found.
+        inputs: arguments to run it on.
+        layers: the layers wanted, each with one call within reach.
+    """
+    operands = _operands(copied, graph, layers)
+    computed = [layer.name for layer in layers if layer.name not in operands]
+    if computed:
+        operands |= _captured(copy_model(model), inputs, computed)
+    return operands
 
 
 def _operands(
@@ -176,7 +196,12 @@ def _functions(module: nn.Module) -> tuple[str, ...]:
     return kind.functions
 
 
-def _check_finite(name: str, weight: Tensor, bias: Tensor | None) -> None:
+def check_finite(name: str, weight: Tensor, bias: Tensor | None) -> None:
+    """Refuses operands of a layer that hold NaN or infinity.
+
+    Raises:
+        ModelError: naming the layer and how many there are.
+    """
     for what, tensor in (("weight", weight), ("bias", bias)):
         if tensor is None or bool(torch.isfinite(tensor).all()):
             continue

@@ -32,6 +32,11 @@ def _seen(_: nn.Module, __: Any) -> None:
     """
 
 
+def keep_off_shortcuts(module: nn.Module) -> None:
+    """Has torch run the module's forward, where it would read the module's weight instead."""
+    module.register_forward_pre_hook(_seen)
+
+
 class Wrapped(nn.Module):
     """Stands in for a module, runs its forward and answers some of its torch calls.
 
@@ -51,7 +56,7 @@ class Wrapped(nn.Module):
         for name, parameter in own.items():
             self.register_parameter(name, parameter)
         self.layer = layer
-        self.register_forward_pre_hook(_seen)
+        keep_off_shortcuts(self)
 
     def __getattr__(self, name: str) -> Any:
         try:

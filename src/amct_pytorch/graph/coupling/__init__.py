@@ -1,0 +1,1 @@
+"""Which channels of a network hang together (DepGraph, arXiv 2301.12900)."""
