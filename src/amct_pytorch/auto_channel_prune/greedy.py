@@ -32,7 +32,8 @@ class GreedySearch(SearchChannelBase):
 
     The value density of a knapsack (Dantzig 1957), with what a step saves worked out anew as
     the network shrinks. Then every step that turns out not to be needed is taken back, and where
-    that still is far beyond the target, states a few steps away are tried.
+    that still is far beyond the target, one step is exchanged for others, and states a few steps
+    away are tried.
     """
 
     def channel_prune_search(
@@ -114,13 +115,23 @@ class _State:
                 self._go(index)
         ratio = self._complexity.whole / max(self._complexity.now, 1e-300)
         for index, at in enumerate(start):
-            while self._at[index] > at:
-                self._return(index)
+            self._move([(index, at - self._at[index])])
         return ratio
 
     def search(self) -> None:
         """Goes up until the target is reached, and no further than needed."""
-        queue = [(density, index) for index in self._open() for density in [self._density(index)]]
+        self._climb(set())
+        self._exchange()
+        self._look_around()
+        self._take_back()
+
+    def _climb(self, without: set[int]) -> None:
+        """Goes up by the least density until the target is reached; takes back what it need not.
+
+        Args:
+            without: records that stay where they are.
+        """
+        queue = [(self._density(index), index) for index in self._open() if index not in without]
         heapq.heapify(queue)
         while queue and self._complexity.now > self._target:
             _, index = heapq.heappop(queue)
@@ -133,48 +144,62 @@ class _State:
             if self._at[index] < len(self._ladders[index].steps):
                 heapq.heappush(queue, (self._density(index), index))
         self._take_back()
-        self._refine()
-        self._take_back()
 
-    def _refine(self) -> None:
-        """Moves a few records up or down where that comes closer to the target.
-
-        Of all states a few steps away that reach it: the least costly of those that are near,
-        or the closest.
-        """
-        beyond = self._beyond(self._complexity.now)
-        if beyond <= CLOSE or self._complexity.now > self._target:
+    def _exchange(self) -> None:
+        """Gives one step of a record for steps of others where that comes closer."""
+        if self._beyond() <= CLOSE:
             return
-        best = (True, 0.0, beyond) if beyond <= NEAR else (False, beyond, 0.0)
-        moves: tuple[tuple[int, int], ...] = ()
-        together = 3 if len(self._ladders) <= FEW else 2
+        start = list(self._at)
+        found = [(self._rank(start), start)]
+        for index, at in enumerate(start):
+            if at:
+                self._restore(start)
+                self._return(index)
+                self._climb({index})
+                if self._beyond() >= 0:
+                    found.append((self._rank(start), list(self._at)))
+        self._restore(min(found)[1])
+
+    def _look_around(self) -> None:
+        """Moves a few records a few steps where that comes closer to the target."""
+        if self._beyond() <= CLOSE:
+            return
+        start = list(self._at)
+        best = (self._rank(start), start)
+        together = min(3 if len(self._ladders) <= FEW else 2, len(self._ladders))
         for indices in itertools.combinations(range(len(self._ladders)), together):
-            ranges = [self._moves(index) for index in indices]
-            for deltas in itertools.product(*ranges):
-                tried = tuple(zip(indices, deltas, strict=True))
-                cost = sum(self._cost(index, delta) for index, delta in tried)
-                self._move(tried)
-                beyond = self._beyond(self._complexity.now)
-                self._move([(index, -delta) for index, delta in tried])
-                if beyond < 0:
-                    continue
-                # Near ones before others; of the near ones the cheapest, of others the closest.
-                rank = (True, cost, beyond) if beyond <= NEAR else (False, beyond, cost)
-                if rank[0] > best[0] or (rank[0] == best[0] and rank[1:] < best[1:]):
-                    best, moves = rank, tried
-        self._move(moves)
+            for deltas in itertools.product(*(self._moves(index) for index in indices)):
+                moves = tuple(zip(indices, deltas, strict=True))
+                self._move(moves)
+                if self._beyond() >= 0:
+                    best = min(best, (self._rank(start), list(self._at)))
+                self._move([(index, -delta) for index, delta in moves])
+        self._restore(best[1])
+
+    def _rank(self, start: list[int]) -> tuple[bool, float, float]:
+        """The smaller the better: of states near the target the cheapest, of others the closest.
+
+        Args:
+            start: the state that costs are counted from.
+        """
+        cost = sum(self._cost(i, *ends) for i, ends in enumerate(zip(start, self._at, strict=True)))
+        beyond = self._beyond()
+        return (False, cost, beyond) if beyond <= NEAR else (True, beyond, cost)
+
+    def _cost(self, index: int, low: int, high: int) -> float:
+        """Sensitivity given up between two states of a record; negative where it is got back."""
+        ladder = self._ladders[index]
+        if low > high:
+            return -self._cost(index, high, low)
+        return sum(ladder.cost(step) for step in range(low, high))
+
+    def _restore(self, state: list[int]) -> None:
+        self._move([(i, to - at) for i, (at, to) in enumerate(zip(self._at, state, strict=True))])
 
     def _moves(self, index: int) -> range:
         """How many steps a record can go down (negative) or up, a few at most."""
         at, number = self._at[index], len(self._ladders[index].steps)
         return range(-min(at, STEPS), min(number - at, STEPS) + 1)
-
-    def _cost(self, index: int, delta: int) -> float:
-        """Sensitivity that a move gives up, negative where it gets some back."""
-        at, ladder = self._at[index], self._ladders[index]
-        if delta >= 0:
-            return sum(ladder.cost(step) for step in range(at, at + delta))
-        return -sum(ladder.cost(step) for step in range(at + delta, at))
 
     def _move(self, moves: Iterable[tuple[int, int]]) -> None:
         for index, delta in moves:
@@ -210,9 +235,9 @@ class _State:
         self._go(index)
         return now
 
-    def _beyond(self, now: float) -> float:
-        """How far the ratio is beyond the one asked for, as a share."""
-        return self._target / max(now, 1e-300) - 1
+    def _beyond(self) -> float:
+        """How far the ratio is beyond the one asked for, as a share; negative: not there yet."""
+        return self._target / max(self._complexity.now, 1e-300) - 1
 
     def _go(self, index: int) -> None:
         self._complexity.remove(index, self._ladders[index].steps[self._at[index]])

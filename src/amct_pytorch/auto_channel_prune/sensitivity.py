@@ -92,7 +92,8 @@ class TaylorLossSensitivity(SensitivityBase):
 
     def _add(self, model: nn.Module, loss: Tensor) -> None:
         if not bool(torch.isfinite(loss)):
-            raise ModelError(f"the loss on input_data is {float(loss)}; sensitivities need numbers")
+            value = float(loss.detach())
+            raise ModelError(f"the loss on input_data is {value}; sensitivities need numbers")
         named = dict(model.named_parameters())
         if not loss.requires_grad:
             raise ModelError("no gradient of the loss reaches the model's weights")
