@@ -22,8 +22,8 @@ GRID = 256
 BEST = 8
 REFINEMENTS = 4
 # Points of the grids on which the free energy is bounded from below.
-BOUND_GRID = 96
-SLOPES = 32
+BOUND_GRID = 128
+SLOPES = 48
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def _lowest_below(
     energies = last * torch.linspace(1 / BOUND_GRID, 1, BOUND_GRID, **options)
     x = energies[None, :] / (large * variances[:, None])
     gain_by_x = -_gain(x, alpha, limit) / x
-    slopes = torch.cat([torch.zeros(1, **options), torch.logspace(-6, 0.3, SLOPES, **options)])
+    slopes = torch.cat([torch.zeros(1, **options), torch.logspace(-5, 0.3, SLOPES, **options)])
     slope = slopes[None, :, None] / x[:, None, -1:]
     offset = (gain_by_x[:, None, :] - slope * x[:, None, :]).amax(dim=2).clamp(min=0)
     scale = 1 / (large * variances[:, None])

@@ -27,8 +27,8 @@ TOLERANCE = 1e-4
 ROUNDING = 16
 # Parts that a Gram matrix is made in: of each pair of equal halves only one is computed.
 GRAM_PARTS = 6
-# Share of the leading energy that a `Sketch` may miss.
-MISSED = 1e-5
+# By how much vectors that are nearly the leading ones may raise the relative error.
+PRECISION = 1e-5
 # Vectors in a sketch's basis, by the number of components: to compare two matrices; to find the
 # components, first try; more with each further try.
 COARSE, FINE, MORE = 1.15, 2.3, 0.3
@@ -145,7 +145,7 @@ class Sketch:
         gram, size = self._gram, FINE * count
         while size <= SHARE * len(gram.values) and self._basis.grow(int(size)):
             found = self._basis.solve(count)
-            if found.missed <= MISSED:
+            if found.excess(gram.trace) <= PRECISION:
                 energies = found.values[:count] * gram.scale**2
                 correction = float(found.corrections.max()) * gram.scale**2
                 return Factorisation(
@@ -170,7 +170,8 @@ class _Gram:
             vanish.
         scale: largest absolute entry of the matrix.
         of_rows: whether the smaller side is the rows.
-        total: sum of the eigenvalues, of the matrix as it is.
+        trace: sum of the eigenvalues of `values`.
+        total: the same of the matrix as it is.
         squares: sum of their squares.
     """
 
@@ -186,9 +187,9 @@ class _Gram:
             strip = scaled[begin:end] @ scaled[:end].T
             self.values[begin:end, :end] = strip
             self.values[:begin, begin:end] = strip[:, :begin].T
-        trace = float(self.values.diagonal().double().sum())
+        self.trace = float(self.values.diagonal().double().sum())
         norm = float(torch.linalg.vector_norm(self.values, dtype=torch.float64))
-        self.total, self.squares = trace * self.scale**2, norm**2 * self.scale**4
+        self.total, self.squares = self.trace * self.scale**2, norm**2 * self.scale**4
 
 
 def _by_gram(matrix: Tensor, dtype: torch.dtype) -> Factorisation | None:
@@ -211,7 +212,7 @@ def _by_gram(matrix: Tensor, dtype: torch.dtype) -> Factorisation | None:
         total=float(energies.sum()),
         squares=float((energies**2).sum()),
         complete=True,
-        find=lambda rank: leading_vectors(gram.values, rank, MISSED),
+        find=lambda rank: leading_vectors(gram.values, rank, PRECISION),
         of_rows=gram.of_rows,
         method=f"gram {_name(dtype)}",
         uncertainty=_rounding(energies, dtype),

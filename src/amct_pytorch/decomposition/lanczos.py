@@ -8,6 +8,7 @@ eigenproblem of that size is matrix products, several times cheaper than LAPACK'
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -37,10 +38,16 @@ class Ritz:
     weights: Tensor
     corrections: Tensor
 
-    @property
-    def missed(self) -> float:
-        """Share of the leading eigenvalues' sum that the leading Ritz values lack."""
-        return float(self.corrections.sum() / self.values[: len(self.corrections)].sum())
+    def excess(self, trace: float) -> float:
+        """By how much the relative error is larger than with the eigenvectors themselves.
+
+        Args:
+            trace: of the matrix: the sum of all eigenvalues.
+        """
+        missed = float(self.corrections.sum())
+        rest = trace - float(self.values[: len(self.corrections)].sum())
+        best = max(rest - missed, 0.0)
+        return math.sqrt(max(rest, 0.0) / trace) - math.sqrt(best / trace)
 
 
 class Lanczos:
@@ -127,13 +134,13 @@ class Lanczos:
         return self._basis.T @ ritz.weights[:, :rank]
 
 
-def leading_vectors(matrix: Tensor, rank: int, missed: float) -> Tensor:
+def leading_vectors(matrix: Tensor, rank: int, precision: float) -> Tensor:
     """Eigenvectors that go with the largest eigenvalues.
 
     Args:
         matrix: [n, n], symmetric, positive semi-definite.
         rank: how many vectors, 1 to n.
-        missed: share of their eigenvalues' sum that they may miss.
+        precision: by how much they may raise the relative error of what is kept.
 
     Returns:
         [n, rank], orthonormal columns, leading first.
@@ -146,7 +153,7 @@ def leading_vectors(matrix: Tensor, rank: int, missed: float) -> Tensor:
         basis = Lanczos(matrix)
         if basis.grow(int(WIDTH * rank)):
             found = basis.solve(rank)
-            if found.missed <= missed:
+            if found.excess(float(matrix.diagonal().double().sum())) <= precision:
                 return basis.vectors(found, rank)
     vectors: Tensor = torch.linalg.eigh(matrix).eigenvectors
     return vectors[:, size - rank :].flip(1)
