@@ -94,11 +94,19 @@ def training_batches(
         yield Pair(*(torch.cat(parts) for parts in zip(*pairs, strict=True)))
 
 
+def calibration_batches(photos: slice, batches: int = 6) -> list[Tensor]:
+    """Inputs of the network, border and all, of random crops that training does not use."""
+    return [_bordered(pair.small) for pair in training_batches(photos, batches, seed=7)]
+
+
 def upscale(model: nn.Module, small: Tensor) -> Tensor:
     """`small` at twice its size; the network's border is filled by repeating the edge."""
-    padded = nn.functional.pad(small, (BORDER,) * 4, mode="replicate")
-    upscaled: Tensor = model(padded)
+    upscaled: Tensor = model(_bordered(small))
     return upscaled
+
+
+def _bordered(small: Tensor) -> Tensor:
+    return nn.functional.pad(small, (BORDER,) * 4, mode="replicate")
 
 
 def mean_psnr(model: nn.Module, pairs: list[Pair]) -> float:

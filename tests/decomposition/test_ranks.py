@@ -7,11 +7,11 @@ import torch
 from evbmf_reference import evbmf_rank, truncation_error
 from torch import Tensor
 
-from amct_pytorch.decomposition import leading
-from amct_pytorch.decomposition.evbmf import evbmf
+from amct_pytorch.decomposition import lanczos, solve
+from amct_pytorch.decomposition.evbmf import evbmf, evbmf_leading
 from amct_pytorch.decomposition.factorise import factorise
 from amct_pytorch.decomposition.geometry import Geometry
-from amct_pytorch.decomposition.leading import leading_vectors
+from amct_pytorch.decomposition.lanczos import Lanczos, leading_vectors
 from amct_pytorch.decomposition.policy import RankPolicy, rank_bounds
 from amct_pytorch.decomposition.solve import Solution, as_matrix, solve_layer
 
@@ -106,18 +106,112 @@ def test_a_gram_matrix_that_fails_its_checks_gives_way_to_float64_and_svd(monkey
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.3, 1.0, 3.0])
-def test_filtered_vectors_hold_the_energy_of_the_leading_ones(decay, monkeypatch):
-    monkeypatch.setattr(leading, "SMALL", 500)
+def test_lanczos_vectors_hold_the_energy_of_the_leading_ones(decay, monkeypatch):
+    monkeypatch.setattr(lanczos, "SMALL", 500)
     generator = torch.Generator().manual_seed(5)
     size, rank = 600, 100
     basis = torch.linalg.qr(torch.randn(size, size, generator=generator)).Q
     values = torch.arange(1.0, size + 1) ** -decay
     gram = (basis * values) @ basis.T
-    assert size > leading.SMALL
-    vectors = leading_vectors(gram, values.double(), rank)
+    vectors = leading_vectors(gram, rank, 1e-5)
     held = float((vectors * (gram @ vectors)).sum())
     assert held == pytest.approx(float(values[:rank].sum()), rel=3e-5)
     assert torch.allclose(vectors.T @ vectors, torch.eye(rank), atol=1e-4)
+
+
+def test_a_lanczos_basis_that_has_the_whole_space_says_so():
+    few = torch.zeros(200, 200)
+    few[range(40), range(40)] = 1.0  # nothing new is left after the second block
+    assert not Lanczos(few).grow(150)
+    assert Lanczos(torch.eye(200)).grow(32)
+    assert not Lanczos(torch.randn(200, 200) @ torch.randn(200, 200)).grow(190)
+
+
+def test_lanczos_stops_where_its_error_is_small_enough():
+    """The excess that it reports is the true one, once small."""
+    generator = torch.Generator().manual_seed(6)
+    matrix = torch.randn(600, 900, generator=generator)
+    gram = matrix @ matrix.T
+    values = torch.linalg.eigvalsh(gram.double()).flip(0)
+    basis = Lanczos(gram)
+    assert basis.grow(450)
+    found = basis.solve(150)
+    best = 1 - float(values[:150].sum() / values.sum())
+    kept = 1 - float(found.values[:150].sum() / values.sum())
+    assert found.excess(float(values.sum())) == pytest.approx(kept**0.5 - best**0.5, abs=2e-4)
+
+
+def _known(kind: str, rows: int, columns: int) -> Tensor:
+    """Energies of a matrix of that kind."""
+    generator = torch.Generator().manual_seed(rows + columns)
+    noise = torch.randn(rows, columns, generator=generator)
+    few = rows // 2 if kind == "half" else 40 if kind == "low" else 100
+    left = torch.randn(rows, few, generator=generator)
+    right = torch.randn(few, columns, generator=generator)
+    matrix = {
+        "noise": lambda: noise,
+        "low": lambda: left @ right + 3 * noise,
+        "decay": lambda: (left * torch.linspace(1, 0.1, few)) @ right + 0.5 * noise,
+        "half": lambda: (left * torch.linspace(1, 0.1, few)) @ right,
+        "power": lambda: torch.arange(1, rows + 1)[:, None] ** -0.7 * noise,
+    }[kind]()
+    return torch.linalg.svdvals(matrix.double()) ** 2
+
+
+@pytest.mark.parametrize("shape", [(300, 300), (300, 500), (200, 800)])
+@pytest.mark.parametrize("kind", ["noise", "low", "decay", "half", "power"])
+def test_leading_energies_decide_as_all_of_them_do(kind, shape):
+    energies = _known(kind, *shape)
+    everything = evbmf(energies, *shape)
+    for part in (6, 4):
+        count = shape[0] // part
+        found = evbmf_leading(
+            energies[:count],
+            float(energies.sum()),
+            float((energies**2).sum()),
+            *shape,
+            enough=count - 2,
+            uncertainty=1e-6 * float(energies[0]),
+        )
+        if found is None:
+            # Energies that fall all the way have no noise to speak of: all must be looked at.
+            assert kind == "power"
+        elif found.at_least:
+            assert count - 2 <= found.rank <= everything.rank
+        else:
+            assert found.rank == everything.rank
+            assert found.threshold == pytest.approx(everything.threshold, rel=1e-3)
+
+
+def test_leading_energies_that_cannot_decide_say_so():
+    energies = _known("decay", 300, 300)  # rank 98
+    sums = float(energies.sum()), float((energies**2).sum())
+    options = {"enough": 99, "uncertainty": 1e-6 * float(energies[0])}
+    assert evbmf_leading(energies[:50], *sums, 300, 300, **options) is None
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("policy", [{}, {"name": "flops", "flops_ratio": 0.3}], ids=str)
+def test_leading_components_give_what_all_give(seed, policy, monkeypatch):
+    """The same layer with and without the short way of large layers."""
+    weight = _random(seed)
+    whole = _solve(weight, **policy)
+    monkeypatch.setattr(solve, "LARGE_SIDE", 100)
+    monkeypatch.setattr(lanczos, "BLOCK", 8)  # in proportion to so small a layer
+    short = _solve(weight, **policy)
+    assert whole.method == "gram float32"
+    # Noise this weak beside the signal is only seen in the complete spectrum.
+    weak = seed % 3 == 0 and not policy
+    assert short.method in ("lanczos float32", "gram float32")[: 1 + weak]
+    assert (short.rank, short.split) == (whole.rank, whole.split) or short.mode != whole.mode
+    reference = as_matrix(weight, solve.SPATIAL_MODES.index(short.mode)).numpy()
+    # The vectors are sought until they add 1e-5, estimated to second order, to the error.
+    assert short.error == pytest.approx(truncation_error(reference, short.rank), abs=3e-5)
+    # Of two orders that are as good as each other either may be taken.
+    assert short.error == pytest.approx(whole.error, rel=0.02)
+    if not policy:
+        estimate = evbmf_rank(reference)
+        assert short.estimate <= estimate if short.at_least else short.estimate == estimate
 
 
 def _solve(weight: Tensor, **policy: object) -> Solution:

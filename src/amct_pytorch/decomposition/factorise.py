@@ -1,50 +1,76 @@
-"""One thin factorisation of a matrix: energies of all components, vectors of the leading ones.
+"""One thin factorisation of a matrix: energies of its components, vectors of the leading ones.
 
 The components are the eigenvectors of the Gram matrix of the smaller side, an order of
 magnitude cheaper than a singular value decomposition. Squaring halves the digits, which does no
 harm here: small components are either dropped, or kept with their *orthonormal* vectors, which
 lose nothing. What can go wrong is checked, and then done again in float64, and then by SVD.
+
+Where a bound on the rank is known before, `Sketch` finds just the leading components.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from amct_pytorch.decomposition.leading import leading_vectors
+from amct_pytorch.decomposition.lanczos import Lanczos, leading_vectors
 
 # Relative errors of a sound float32 eigen-decomposition are near 1e-6; this is far above.
 TOLERANCE = 1e-4
+# Rounding errors of an eigenvalue, in units of the last place of the largest.
+ROUNDING = 16
+# Parts that a Gram matrix is made in: of each pair of equal halves only one is computed.
+GRAM_PARTS = 6
+# By how much vectors that are nearly the leading ones may raise the relative error.
+PRECISION = 1e-5
+# Vectors in a sketch's basis, by the number of components: to compare two matrices; to find the
+# components, first try; more with each further try.
+COARSE, FINE, MORE = 1.15, 2.3, 0.3
+# A basis of more than this share of the space costs more than LAPACK.
+SHARE = 0.75
 
 
 @dataclass(frozen=True)
 class Factorisation:
-    """All components of one matrix.
+    """Components of one matrix.
 
     Attributes:
-        energies: [n] squared singular values, float64, descending, n the smaller side.
-        gram: [n, n] Gram matrix of the smaller side; or, if `solved`, the orthonormal vectors.
-        solved: whether `gram` holds the vectors.
-        scale: `gram` is that of the matrix divided by this.
+        energies: [n] squared singular values, float64, descending; n the smaller side, or less
+            where only the leading ones were looked for.
+        total: sum of all.
+        squares: sum of the squares of all.
+        complete: whether `energies` holds all of them.
+        find: gives the [n, rank] orthonormal vectors of the leading components, on the smaller
+            side.
         of_rows: whether the smaller side is the rows (else the columns).
-        method: ``gram float32``, ``gram float64`` or ``svd float64``.
+        method: ``gram``, ``lanczos`` or ``svd`` and the dtype: ``gram float32``.
         uncertainty: absolute error that an energy may have.
     """
 
     energies: Tensor
-    gram: Tensor
-    solved: bool
-    scale: float
+    total: float
+    squares: float
+    complete: bool
+    find: Callable[[int], Tensor]
     of_rows: bool
     method: str
     uncertainty: float
 
     def error(self, rank: int) -> float:
         """Relative Frobenius error of the best approximation of that rank, by the energies."""
-        total = float(self.energies.sum())
-        return (float(self.energies[rank:].sum()) / total) ** 0.5 if total else 0.0
+        if not self.total:
+            return 0.0
+        rest = self.energies[rank:].sum() if self.complete else self._beyond(rank)
+        return math.sqrt(max(float(rest), 0.0) / self.total)
+
+    def _beyond(self, rank: int) -> float:
+        return self.total - float(self.energies[:rank].sum())
 
     def basis(self, rank: int) -> Tensor:
         """[n, rank] orthonormal vectors of the leading components, on the smaller side.
@@ -52,9 +78,7 @@ class Factorisation:
         Raises:
             torch.linalg.LinAlgError: they could not be found.
         """
-        if self.solved:
-            return self.gram[:, :rank]
-        return leading_vectors(self.gram, self.energies / self.scale**2, rank)
+        return self.find(rank)
 
     def factors(self, matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         """The two factors of the best approximation of that rank.
@@ -86,56 +110,135 @@ def factorise(matrix: Tensor, *, exact: bool = False) -> Factorisation:
     Raises:
         torch.linalg.LinAlgError: even the float64 SVD did not converge.
     """
-    of_rows = matrix.shape[0] <= matrix.shape[1]
     first = torch.float64 if exact else matrix.dtype
     for dtype in dict.fromkeys((first, torch.float64)):
-        found = _by_gram(matrix, of_rows, dtype)
+        found = _by_gram(matrix, dtype)
         if found is not None:
             return found
-    return _by_svd(matrix, of_rows)
+    return _by_svd(matrix)
 
 
-def _by_gram(matrix: Tensor, of_rows: bool, dtype: torch.dtype) -> Factorisation | None:
+class Sketch:
+    """The leading components of a matrix: roughly at first, to full accuracy if asked for.
+
+    Args:
+        matrix: [rows, columns], finite, float32 or float64.
+    """
+
+    def __init__(self, matrix: Tensor) -> None:
+        self._gram = _Gram(matrix, matrix.dtype)
+        self._basis = Lanczos(self._gram.values)
+
+    def error(self, rank: int) -> float | None:
+        """The best error at that rank or a little above it; None if it cannot be told."""
+        if not self._basis.grow(int(COARSE * rank)):
+            return None
+        held = self._basis.held(rank) * self._gram.scale**2
+        return math.sqrt(max(1 - held / self._gram.total, 0.0))
+
+    def components(self, count: int) -> Factorisation | None:
+        """The `count` leading components; None if that would not pay or does not stand checks.
+
+        Raises:
+            torch.linalg.LinAlgError: LAPACK did not converge.
+        """
+        gram, size = self._gram, FINE * count
+        while size <= SHARE * len(gram.values) and self._basis.grow(int(size)):
+            found = self._basis.solve(count)
+            if found.excess(gram.trace) <= PRECISION:
+                energies = found.values[:count] * gram.scale**2
+                correction = float(found.corrections.max()) * gram.scale**2
+                return Factorisation(
+                    energies=energies,
+                    total=gram.total,
+                    squares=gram.squares,
+                    complete=False,
+                    find=partial(self._basis.vectors, found),
+                    of_rows=gram.of_rows,
+                    method=f"lanczos {_name(gram.values.dtype)}",
+                    uncertainty=max(_rounding(energies, gram.values.dtype), correction),
+                )
+            size += MORE * count
+        return None
+
+
+class _Gram:
+    """The Gram matrix of a matrix's smaller side.
+
+    Attributes:
+        values: [n, n], of the matrix divided by `scale`, so that squares neither overflow nor
+            vanish.
+        scale: largest absolute entry of the matrix.
+        of_rows: whether the smaller side is the rows.
+        trace: sum of the eigenvalues of `values`.
+        total: the same of the matrix as it is.
+        squares: sum of their squares.
+    """
+
+    def __init__(self, matrix: Tensor, dtype: torch.dtype) -> None:
+        self.of_rows = matrix.shape[0] <= matrix.shape[1]
+        side = matrix if self.of_rows else matrix.T
+        self.scale = float(side.abs().max()) or 1.0
+        scaled = side.to(dtype) / self.scale
+        size = len(scaled)
+        self.values = scaled.new_empty(size, size)
+        cuts = [size * part // GRAM_PARTS for part in range(GRAM_PARTS + 1)]
+        for begin, end in pairwise(cuts):
+            strip = scaled[begin:end] @ scaled[:end].T
+            self.values[begin:end, :end] = strip
+            self.values[:begin, begin:end] = strip[:, :begin].T
+        self.trace = float(self.values.diagonal().double().sum())
+        norm = float(torch.linalg.vector_norm(self.values, dtype=torch.float64))
+        self.total, self.squares = self.trace * self.scale**2, norm**2 * self.scale**4
+
+
+def _by_gram(matrix: Tensor, dtype: torch.dtype) -> Factorisation | None:
     """By the Gram matrix in `dtype`; None if the result does not stand its checks."""
-    side = matrix if of_rows else matrix.T
-    scale = float(side.abs().max()) or 1.0  # so that squares neither overflow nor vanish
-    scaled = side.to(dtype) / scale
-    gram = scaled @ scaled.T
-    del scaled
+    gram = _Gram(matrix, dtype)
     try:
-        energies = torch.linalg.eigvalsh(gram).double().flip(0).clamp(min=0)
+        energies = torch.linalg.eigvalsh(gram.values).double().flip(0).clamp(min=0)
     except torch.linalg.LinAlgError:
         return None
+    energies *= gram.scale**2
     # Sum and sum of squares of the eigenvalues are known without them.
-    trace = float(gram.diagonal().double().sum())
-    squares = float(torch.linalg.vector_norm(gram, dtype=torch.float64)) ** 2
     sound = (
-        abs(float(energies.sum()) - trace) <= TOLERANCE * trace
-        and abs(float((energies**2).sum()) - squares) <= TOLERANCE * squares
+        abs(float(energies.sum()) - gram.total) <= TOLERANCE * gram.total
+        and abs(float((energies**2).sum()) - gram.squares) <= TOLERANCE * gram.squares
     )
     if not sound:
         return None
     return Factorisation(
-        energies=energies * scale**2,
-        gram=gram,
-        solved=False,
-        scale=scale,
-        of_rows=of_rows,
-        method=f"gram {str(dtype).removeprefix('torch.')}",
-        uncertainty=16 * torch.finfo(dtype).eps * float(energies[0]) * scale**2,
+        energies=energies,
+        total=float(energies.sum()),
+        squares=float((energies**2).sum()),
+        complete=True,
+        find=lambda rank: leading_vectors(gram.values, rank, PRECISION),
+        of_rows=gram.of_rows,
+        method=f"gram {_name(dtype)}",
+        uncertainty=_rounding(energies, dtype),
     )
 
 
-def _by_svd(matrix: Tensor, of_rows: bool) -> Factorisation:
+def _by_svd(matrix: Tensor) -> Factorisation:
+    of_rows = matrix.shape[0] <= matrix.shape[1]
     left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
     energies = values**2
-    eps = torch.finfo(torch.float64).eps
+    vectors = left if of_rows else right.T
     return Factorisation(
         energies=energies,
-        gram=left if of_rows else right.T,
-        solved=True,
-        scale=1.0,
+        total=float(energies.sum()),
+        squares=float((energies**2).sum()),
+        complete=True,
+        find=lambda rank: vectors[:, :rank],
         of_rows=of_rows,
         method="svd float64",
-        uncertainty=16 * eps * float(energies[0]),
+        uncertainty=_rounding(energies, torch.float64),
     )
+
+
+def _rounding(energies: Tensor, dtype: torch.dtype) -> float:
+    return ROUNDING * torch.finfo(dtype).eps * float(energies[0])
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

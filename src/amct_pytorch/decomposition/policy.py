@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from amct_pytorch.decomposition.evbmf import evbmf
+from amct_pytorch.decomposition.evbmf import Evbmf, evbmf, evbmf_leading
 from amct_pytorch.decomposition.factorise import Factorisation
 from amct_pytorch.errors import ArgumentTypeError, ArgumentValueError, did_you_mean, shown
 
@@ -30,11 +30,13 @@ class RankChoice:
         rank: components to keep; 0 if there is nothing to keep.
         estimate: what the policy wanted before bounds and rounding.
         certain: whether errors of the energies as large as they may be would not change it.
+        at_least: whether the estimate is a lower bound: it is above what the bounds allow.
     """
 
     rank: int
     estimate: int
     certain: bool
+    at_least: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,22 @@ class RankPolicy:
                 f"rank_bounds is a {type(self.bounded).__name__}; allowed are True and False"
             )
 
+    def components(
+        self, matrix_shape: tuple[int, int], channels: int, affordable: Callable[[float], int]
+    ) -> int | None:
+        """How many leading components `choose` needs to know at most; None: all.
+
+        Args: as for `choose`.
+        """
+        side = min(matrix_shape)
+        if self.name == "flops":
+            return self._affordable(side, affordable).rank or None
+        if self.name == "vbmf" and self.bounded:
+            most = rank_bounds(side, channels)[1]
+            # One beyond the bound, to see that an estimate reaches it.
+            return min(max(_nearest(most), most + 2), side)
+        return None
+
     def choose(
         self,
         found: Factorisation,
@@ -83,16 +101,14 @@ class RankPolicy:
         """The rank for one matrix.
 
         Args:
-            found: its factorisation.
+            found: its factorisation, of `components` components at least.
             matrix_shape: (rows, columns).
             channels: the smaller of the layer's channel counts.
             affordable: the largest rank whose FLOPs are at most that share of the layer's.
         """
         side = min(matrix_shape)
         if self.name == "flops":
-            allowed = affordable(self.flops_ratio)
-            whole = allowed // RANK_MULTIPLE * RANK_MULTIPLE
-            return RankChoice(min(whole or allowed, side), allowed, True)
+            return self._affordable(side, affordable)
         if self.name == "energy":
             shares = found.energies.cumsum(0) / found.energies.sum()
             slack = 1e-7 if "float32" in found.method else 0.0
@@ -101,16 +117,38 @@ class RankPolicy:
                 for shift in (0.0, -slack, slack)
             ]
             ranks = [min(_up(estimate), side) for estimate in estimates]
-        else:
-            analysis = evbmf(found.energies, *matrix_shape)
-            estimates = [
-                int((found.energies > analysis.threshold + shift).sum())
-                for shift in (0.0, -found.uncertainty, found.uncertainty)
-            ]
-            ranks = [self._bounded(estimate, side, channels) for estimate in estimates]
-            clear = found.uncertainty <= UNCLEAR * analysis.threshold
-            return RankChoice(ranks[0], estimates[0], clear and len(set(ranks)) == 1)
-        return RankChoice(ranks[0], estimates[0], len(set(ranks)) == 1)
+            return RankChoice(ranks[0], estimates[0], len(set(ranks)) == 1)
+        analysis = self._analysis(found, matrix_shape, channels)
+        if analysis is None:
+            return RankChoice(0, 0, False)
+        estimates = [
+            int((found.energies > analysis.threshold + shift).sum())
+            for shift in (0.0, -found.uncertainty, found.uncertainty)
+        ]
+        ranks = [self._bounded(estimate, side, channels) for estimate in estimates]
+        clear = found.uncertainty <= UNCLEAR * analysis.threshold
+        certain = clear and len(set(ranks)) == 1
+        return RankChoice(ranks[0], estimates[0], certain, analysis.at_least)
+
+    def _analysis(
+        self, found: Factorisation, matrix_shape: tuple[int, int], channels: int
+    ) -> Evbmf | None:
+        """Rank and noise; None if the components that are known do not decide."""
+        if found.complete:
+            return evbmf(found.energies, *matrix_shape)
+        return evbmf_leading(
+            found.energies,
+            found.total,
+            found.squares,
+            *matrix_shape,
+            enough=rank_bounds(min(matrix_shape), channels)[1],
+            uncertainty=found.uncertainty,
+        )
+
+    def _affordable(self, side: int, affordable: Callable[[float], int]) -> RankChoice:
+        allowed = affordable(self.flops_ratio)
+        whole = allowed // RANK_MULTIPLE * RANK_MULTIPLE
+        return RankChoice(min(whole or allowed, side), allowed, True)
 
     def _bounded(self, estimate: int, side: int, channels: int) -> int:
         if self.bounded:

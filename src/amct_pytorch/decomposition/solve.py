@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from amct_pytorch.decomposition.factorise import Factorisation, factorise
+from amct_pytorch.decomposition.factorise import Factorisation, Sketch, factorise
 from amct_pytorch.decomposition.geometry import Geometry, Split, weights_in
+from amct_pytorch.decomposition.layer_data import Metric
 from amct_pytorch.decomposition.policy import RankChoice, RankPolicy
 from amct_pytorch.decomposition.tucker import cheapest_tucker
 
@@ -16,6 +18,8 @@ from amct_pytorch.decomposition.tucker import cheapest_tucker
 # channels, the first of the pair.
 SPATIAL_MODES = ("FCFK", "FCSK")
 TUCKER_MODE = "TUCKER2"
+# Smaller sides below this are factorised completely: that costs little there.
+LARGE_SIDE = 1024
 # A measured error above the one that the energies promise by more than this is a failure.
 ERROR_SLACK = 1e-4
 
@@ -30,8 +34,10 @@ class Solution:
         weights: the weights, in the dtype they were solved in.
         rank: channels between the pieces (the smallest, for Tucker-2).
         estimate: what the policy wanted before bounds and rounding.
+        at_least: whether the estimate is a lower bound, at or above the policy's own bound.
         error: relative Frobenius error of the weight, measured on the factors.
-        other_error: error that the other order would have at its rank.
+        other_error: error that the other order would have at its rank, or a little more; in
+            the metric of the inputs, if one is given.
         method: how the factors were found.
     """
 
@@ -40,6 +46,7 @@ class Solution:
     weights: list[Tensor]
     rank: int
     estimate: int
+    at_least: bool
     error: float
     other_error: float | None
     method: str
@@ -47,11 +54,31 @@ class Solution:
 
 @dataclass(frozen=True)
 class _Order:
-    """One of the two kernel orders."""
+    """One of the two kernel orders.
+
+    Attributes:
+        axis: kernel axis of the first piece.
+        found: factorisation of the weight, or of the weight in the metric of its inputs.
+        choice: the rank, by the weight alone.
+        root: of the metric; None without one.
+    """
 
     axis: int
     found: Factorisation
     choice: RankChoice
+    root: Tensor | None = None
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """What `found` is the factorisation of."""
+        plain = as_matrix(weight, self.axis)
+        return plain if self.root is None else self.root.T @ plain.to(self.root)
+
+    def factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The two factors of the weight's matrix."""
+        left, right = self.found.factors(self.matrix(weight), self.choice.rank)
+        if self.root is not None:
+            left = torch.linalg.solve_triangular(self.root.T, left, upper=True)
+        return left.to(weight), right.to(weight)
 
 
 def solve_layer(
@@ -61,6 +88,7 @@ def solve_layer(
     *,
     minimum_saving: float = 0.0,
     tucker: bool = False,
+    metric: Metric | None = None,
 ) -> Solution | str:
     """Splits one weight.
 
@@ -70,6 +98,8 @@ def solve_layer(
         policy: decides the rank.
         minimum_saving: share of weights and FLOPs that must at least be saved.
         tucker: whether the Tucker-2 form is taken where it costs less at no more error.
+        metric: of the layer's inputs: factors and order then keep the error of the outputs
+            small, not that of the weight; ranks stay those of the weight.
 
     Returns:
         The solution, or the reason why there is none.
@@ -81,12 +111,16 @@ def solve_layer(
         return "its weight holds NaN or infinity"
     if not bool(weight.any()):
         return "its weight is all zero"
-    orders = [_examine(weight, geometry, policy, axis) for axis in (0, 1)]
-    orders = [order for order in orders if order.choice.rank > 0]
-    if not orders:
-        return "no component of its weight stands out of the noise"
-    chosen = _better(orders, geometry)
-    solution = _spatial(weight, geometry, chosen, orders)
+    found = None if metric is not None else _leading(weight, geometry, policy)
+    if found is None:
+        orders = [_examine(weight, geometry, policy, axis, metric) for axis in (0, 1)]
+        orders = [order for order in orders if order.choice.rank > 0]
+        if not orders:
+            return "no component of its weight stands out of the noise"
+        chosen = _better(orders, geometry)
+        others = [o.found.error(o.choice.rank) for o in orders if o is not chosen]
+        found = chosen, others[0] if others else None
+    solution = _spatial(weight, geometry, *found)
     if tucker:
         other = cheapest_tucker(weight, geometry, solution.error)
         if other and geometry.macs(other.split) < geometry.macs(solution.split):
@@ -96,6 +130,7 @@ def solve_layer(
                 other.weights,
                 min(other.split[1][:2]),
                 solution.estimate,
+                solution.at_least,
                 other.error,
                 solution.error,
                 "gram",
@@ -117,20 +152,75 @@ def as_pieces(left: Tensor, right: Tensor, geometry: Geometry, axis: int) -> lis
     return [left.T.reshape(first), inner.reshape(last)]
 
 
-def _examine(weight: Tensor, geometry: Geometry, policy: RankPolicy, axis: int) -> _Order:
+def _examine(
+    weight: Tensor, geometry: Geometry, policy: RankPolicy, axis: int, metric: Metric | None
+) -> _Order:
     matrix = as_matrix(weight, axis)
-    rows, columns = matrix.shape
-    whole = geometry.macs(geometry.whole)
-    one = geometry.macs(geometry.spatial(axis, 1))
-    channels = min(geometry.in_channels, geometry.out_channels)
     for exact in (False, True):
         found = factorise(matrix, exact=exact)
-        choice = policy.choose(
-            found, (rows, columns), channels, lambda share: int(share * whole / one)
-        )
+        choice = policy.choose(found, *_asked(matrix, geometry, axis))
         if choice.certain or "float64" in found.method:
             break
-    return _Order(axis, found, choice)
+    if metric is None or choice.rank == 0:
+        return _Order(axis, found, choice)
+    root = metric.root(axis)
+    shaped = root.T @ matrix.to(root)
+    leading = None
+    if min(shaped.shape) >= LARGE_SIDE:
+        leading = Sketch(shaped).components(choice.rank)
+    return _Order(axis, leading or factorise(shaped), choice, root)
+
+
+def _asked(
+    matrix: Tensor, geometry: Geometry, axis: int
+) -> tuple[tuple[int, int], int, Callable[[float], int]]:
+    """What a policy is asked with: shape, channels, ranks that a share of the FLOPs pays for."""
+    whole = geometry.macs(geometry.whole)
+    one = geometry.macs(geometry.spatial(axis, 1))
+    rows, columns = matrix.shape
+    channels = min(geometry.in_channels, geometry.out_channels)
+    return (rows, columns), channels, lambda share: int(share * whole / one)
+
+
+def _leading(
+    weight: Tensor, geometry: Geometry, policy: RankPolicy
+) -> tuple[_Order, float | None] | None:
+    """The better order and the other's error from leading components alone.
+
+    Both orders are sketched; the one that holds more at equal cost is then factorised to full
+    accuracy, as far as the policy can ask for.
+
+    Returns:
+        None where the policy needs all components, or the layer is too small for this to pay,
+        or the leading components do not decide, or do not stand the checks.
+    """
+    if weight.dtype != torch.float32:
+        return None
+    sketches, counts, errors = [], [], []
+    for axis in (0, 1):
+        matrix = as_matrix(weight, axis)
+        count = policy.components(*_asked(matrix, geometry, axis))
+        if count is None or min(matrix.shape) < LARGE_SIDE:
+            return None
+        counts.append(count)
+        sketches.append(Sketch(matrix))
+    ones = [geometry.macs(geometry.spatial(axis, 1)) for axis in (0, 1)]
+    budget = min(one * count for one, count in zip(ones, counts, strict=True))
+    for axis in (0, 1):
+        error = sketches[axis].error(max(budget // ones[axis], 1))
+        if error is None:
+            return None
+        errors.append(error)
+    axis = min((0, 1), key=lambda place: (errors[place], ones[place]))
+    found = sketches[axis].components(counts[axis])
+    if found is None:
+        return None
+    matrix = as_matrix(weight, axis)
+    choice = policy.choose(found, *_asked(matrix, geometry, axis))
+    if not choice.certain or not choice.rank:
+        return None
+    spent = choice.rank * ones[axis] // ones[1 - axis]
+    return _Order(axis, found, choice), sketches[1 - axis].error(max(spent, 1))
 
 
 def _better(orders: list[_Order], geometry: Geometry) -> _Order:
@@ -144,24 +234,26 @@ def _better(orders: list[_Order], geometry: Geometry) -> _Order:
     return orders[min(range(len(orders)), key=error)]
 
 
-def _spatial(weight: Tensor, geometry: Geometry, chosen: _Order, orders: list[_Order]) -> Solution:
+def _spatial(
+    weight: Tensor, geometry: Geometry, chosen: _Order, other_error: float | None
+) -> Solution:
     matrix = as_matrix(weight, chosen.axis)
     rank, found = chosen.choice.rank, chosen.found
-    left, right = found.factors(matrix, rank)
+    left, right = chosen.factors(weight)
     error = float((left @ right - matrix).norm() / matrix.norm())
-    if not error <= found.error(rank) + ERROR_SLACK:
+    if chosen.root is None and not error <= found.error(rank) + ERROR_SLACK:
         found = factorise(matrix.double(), exact=True)
         left, right = (part.to(weight.dtype) for part in found.factors(matrix.double(), rank))
         error = float((left @ right - matrix).norm() / matrix.norm())
-    others = [o.found.error(o.choice.rank) for o in orders if o is not chosen]
     return Solution(
         SPATIAL_MODES[chosen.axis],
         geometry.spatial(chosen.axis, rank),
         as_pieces(left, right, geometry, chosen.axis),
         rank,
         chosen.choice.estimate,
+        chosen.choice.at_least,
         error,
-        others[0] if others else None,
+        other_error,
         found.method,
     )
 

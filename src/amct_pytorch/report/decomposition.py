@@ -24,10 +24,14 @@ class DecompositionEntry:
         mode: as in the info file.
         rank: channels between the pieces (the smallest, for Tucker-2).
         rank_estimate: what the rank policy wanted before bounds and rounding.
+        rank_estimate_at_least: whether the estimate is a lower bound: it is above the bounds.
         shapes: weight shapes of the pieces.
         error: relative Frobenius error of the weight.
-        other_error: that of the alternative (the other kernel order) at its rank.
+        other_error: that of the alternative (the other kernel order) at its rank or, where it
+            was only sketched, a little more.
         method: how the factors were found.
+        output_error: relative error of the pieces' output on calibration_data; None without it.
+        output_error_unfitted: the same before the last piece was fitted to the outputs.
         parameters_before: weights and biases of the layer.
         parameters_after: of what stands in its place.
         flops_before: twice the multiply-accumulates; see `DecompositionLedger.flops_of`.
@@ -50,10 +54,13 @@ class DecompositionEntry:
     mode: str | None = None
     rank: int | None = None
     rank_estimate: int | None = None
+    rank_estimate_at_least: bool = False
     shapes: list[tuple[int, int, int, int]] = field(default_factory=list)
     error: float | None = None
     other_error: float | None = None
     method: str | None = None
+    output_error: float | None = None
+    output_error_unfitted: float | None = None
     milliseconds_before: float | None = None
     milliseconds_after: float | None = None
     input_shape: tuple[int, ...] | None = None
@@ -68,6 +75,7 @@ class DecompositionLedger:
         layers: every Conv2d, in module order.
         rank_policy: its name and values.
         flops_of: ``one output position`` of each layer or ``one sample of input_data``.
+        calibration_batches: that the pieces were fitted to; 0: they follow the weights alone.
         totals: parameters and FLOPs of all these layers, before and after.
         seconds: wall time of each step.
         flow: name of the public function.
@@ -77,6 +85,7 @@ class DecompositionLedger:
     layers: list[DecompositionEntry]
     rank_policy: dict[str, Any]
     flops_of: str
+    calibration_batches: int = 0
     totals: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     flow: str = "auto_decomposition"
@@ -101,12 +110,15 @@ def entry_line(entry: DecompositionEntry) -> str:
     """One layer in one line, for the log."""
     if entry.status != "decomposed":
         return f"{entry.name or 'the model'}: left alone: {entry.reason}"
+    estimate = f"{'>= ' if entry.rank_estimate_at_least else ''}{entry.rank_estimate}"
     line = (
-        f"{entry.name or 'the model'}: {entry.mode}, rank {entry.rank} (estimate "
-        f"{entry.rank_estimate}), error {entry.error:.3f}, parameters "
+        f"{entry.name or 'the model'}: {entry.mode}, rank {entry.rank} (estimate {estimate}), "
+        f"error {entry.error:.3f}, parameters "
         f"{entry.parameters_before} -> {entry.parameters_after}, FLOPs x "
         f"{entry.flops_after / entry.flops_before:.2f}"
     )
+    if entry.output_error is not None:
+        line += f", output error {entry.output_error:.3f}"
     if entry.milliseconds_before is not None:
         line += f", {entry.milliseconds_before:.2f} -> {entry.milliseconds_after:.2f} ms"
     return line
