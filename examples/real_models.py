@@ -69,9 +69,9 @@ def photo_files() -> list[Path]:
     return files
 
 
-def calibration_crops() -> Crops:
-    """32 images: four random-resized crops of each of the first eight photos."""
-    return _crops(photo_files()[:CALIBRATION_PHOTOS], CROPS_PER_CALIBRATION_PHOTO, seed=8)
+def calibration_crops(views: int = CROPS_PER_CALIBRATION_PHOTO) -> Crops:
+    """`views` random-resized crops of each of the first eight photos."""
+    return _crops(photo_files()[:CALIBRATION_PHOTOS], views, seed=8)
 
 
 def heldout_crops(views: int = VIEWS_PER_HELDOUT_PHOTO) -> Crops:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import amct_pytorch as amct
+from amct_pytorch.flows.distillation import distill
 from amct_pytorch.low_bit.built_in import BUILT_IN
 from amct_pytorch.low_bit.gptq import GptqOptions
 
@@ -20,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 AUTO_CALIBRATION_GUIDE = ROOT / "docs" / "auto_calibration.md"
 DECOMPOSITION_GUIDE = ROOT / "docs" / "decomposition.md"
+DISTILLATION_GUIDE = ROOT / "docs" / "distillation.md"
 FORMATS_GUIDE = ROOT / "docs" / "formats.md"
 GPTQ_GUIDE = ROOT / "docs" / "gptq.md"
 LOW_BIT_GUIDE = ROOT / "docs" / "low_bit_algorithms.md"
@@ -162,6 +164,24 @@ def test_the_script_of_the_search_guide_runs(tmp_path, monkeypatch):
     exec(compile(script.group(1), str(AUTO_CALIBRATION_GUIDE), "exec"), {})
     record = json.loads(Path("out/accuracy_based_auto_calibration_record.json").read_text())
     assert record["trials"][-1]["accepted"] == Path("out/net_deploy_model.onnx").exists()
+
+
+def test_the_script_of_the_distillation_guide_runs_and_its_settings_exist(tmp_path, monkeypatch):
+    text = DISTILLATION_GUIDE.read_text()
+    script = re.search(r"```python\n(.*?)```", text, re.DOTALL)
+    assert script is not None
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(compile(script.group(1), str(DISTILLATION_GUIDE), "exec"), names)
+    blocks = names["distilled"].outcomes
+    assert [block.layers for block in blocks] == [["0"], ["3"], ["8"]]
+    assert all(block.loss_after <= block.loss_before for block in blocks)
+    assert Path("out/net_deploy_model.onnx").exists()
+    table = text.split("## Settings")[1].split("## What")[0]
+    cells = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
+    named = {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
+    given = {"model", "compress_model", "config_file"}
+    assert named == set(inspect.signature(distill).parameters) - given
 
 
 def test_the_scripts_of_the_training_guide_run_and_its_keys_exist(tmp_path, monkeypatch):

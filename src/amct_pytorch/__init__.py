@@ -25,6 +25,12 @@ if TYPE_CHECKING:
     )
     from amct_pytorch.flows.converted_files import load_converted, save_converted
     from amct_pytorch.flows.decomposition import auto_decomposition, decompose_network
+    from amct_pytorch.flows.distillation import (
+        create_distill_config,
+        create_distill_model,
+        distill,
+        save_distill_model,
+    )
     from amct_pytorch.flows.kv_cache import create_quant_cali_config, create_quant_cali_model
     from amct_pytorch.flows.low_bit import algorithm_register, convert, quantize
     from amct_pytorch.flows.post_training import create_quant_config, quantize_model, save_model
@@ -69,6 +75,8 @@ _HOMES = {
     "auto_decomposition": "flows.decomposition",
     "calibrate_blocks": "flows.block_calibration",
     "convert": "flows.low_bit",
+    "create_distill_config": "flows.distillation",
+    "create_distill_model": "flows.distillation",
     "convert_qat_model": "flows.trained_operators",
     "create_compressed_retrain_model": "flows.compression",
     "create_prune_retrain_model": "flows.pruning",
@@ -86,6 +94,7 @@ _HOMES = {
     "save_compressed_retrain_model": "flows.compression",
     "save_prune_retrain_model": "flows.pruning",
     "quantize": "flows.low_bit",
+    "save_distill_model": "flows.distillation",
     "quantize_model": "flows.post_training",
     "quantize_preprocess": "flows.balancing",
     "restore_quant_retrain_model": "flows.retraining",
@@ -120,6 +129,8 @@ __all__ = [
     "convert",
     "convert_qat_model",
     "create_compressed_retrain_model",
+    "create_distill_config",
+    "create_distill_model",
     "create_prune_retrain_model",
     "create_quant_cali_config",
     "create_quant_cali_model",
@@ -128,6 +139,7 @@ __all__ = [
     "create_quant_retrain_model",
     "decompose_network",
     "deploy_to_qdq",
+    "distill",
     "load_converted",
     "quantize",
     "quantize_model",
@@ -137,6 +149,7 @@ __all__ = [
     "restore_quant_retrain_model",
     "save_compressed_retrain_model",
     "save_converted",
+    "save_distill_model",
     "save_model",
     "save_prune_retrain_model",
     "save_quant_retrain_model",
@@ -144,6 +157,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "distill":  # the package of that name, which can be called
+        return importlib.import_module(f"{__name__}.distill")
     if name not in _HOMES:
         from amct_pytorch.errors import did_you_mean
 

@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from pydantic import ValidationError
-
-from amct_pytorch.config.cfg_block import shortest
-from amct_pytorch.config.explain import explain
 from amct_pytorch.config.layer_rules import configurable
+from amct_pytorch.config.layered_json import checked_globals
 from amct_pytorch.config.overrides import Overrides
 from amct_pytorch.config.retrain import (
     RETRAIN_GLOBAL_KEYS,
     RETRAIN_KINDS,
-    DataParams,
     RetrainConfig,
     RetrainLayerConfig,
     check_any_enabled,
-    weights_default,
-    why_not_channel_wise,
 )
-from amct_pytorch.config.retrain_json import retrain_globals
+from amct_pytorch.config.trained_blocks import (
+    TrainedBlock,
+    Wording,
+    enum_name,
+    layer_keys,
+    read_trained_block,
+)
 from amct_pytorch.errors import ConfigError, ProblemList
 from amct_pytorch.graph.layers import SeenLayer
 from amct_pytorch.proto import AMCTRetrainConfig
@@ -33,25 +32,7 @@ logger = logging.getLogger("amct_pytorch")
 DATA, WEIGHTS = "retrain_data_quant_config", "retrain_weight_quant_config"
 
 
-@dataclass(frozen=True)
-class _Weights:
-    """What a block asks of the weights of every layer it applies to.
-
-    Attributes:
-        place: where it stands in the file, for messages.
-        keys: as in the JSON; `channel_wise` only where the file has it.
-    """
-
-    place: str
-    keys: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class _Block:
-    """The two parts of an entry; None where the file has no such part."""
-
-    data: DataParams | None = None
-    weights: _Weights | None = None
+WORDING = Wording(DATA, WEIGHTS, "weights_retrain_algo", "arq_retrain")
 
 
 def asks_for_quantization(message: AMCTRetrainConfig) -> bool:
@@ -86,11 +67,11 @@ def retrain_config_from_cfg(
     """
     _check_switched_on(message, place)
     problems = ProblemList(place, ConfigError)
-    common = _read(message, "", problems)
+    common = read_trained_block(message, "", WORDING, problems)
     asked = Overrides(common, layers, module_names, problems, RETRAIN_KINDS)
 
-    def read(entry: Any, where: str) -> _Block:
-        return _read(entry, f"{where}.", problems)
+    def read(entry: Any, where: str) -> TrainedBlock:
+        return read_trained_block(entry, f"{where}.", WORDING, problems)
 
     asked.add_types(message.override_layer_types, "override_layer_types", read)
     asked.add_layers(message.override_layer_configs, "override_layer_configs", read)
@@ -100,13 +81,19 @@ def retrain_config_from_cfg(
         asked.skip_types(getattr(message, field), field)
     raw: dict[str, Any] = {"batch_num": message.batch_num}
     if message.HasField("fakequant_precision_mode"):
-        raw["fakequant_precision_mode"] = _enum_name(message, "fakequant_precision_mode")
-    config = retrain_globals(raw, problems)
+        raw["fakequant_precision_mode"] = enum_name(message, "fakequant_precision_mode")
+    config = checked_globals(raw, RetrainConfig, problems)
     refused: dict[str, list[str]] = {}
-    configured = {
-        layer.name: _layer_config(layer, asked, problems, refused)
-        for layer in configurable(layers, RETRAIN_GLOBAL_KEYS)
-    }
+    configured = {}
+    for layer in configurable(layers, RETRAIN_GLOBAL_KEYS):
+        data, weights = layer_keys(layer, asked, WORDING, problems, refused)
+        configured[layer.name] = RetrainLayerConfig.model_validate(
+            {
+                "retrain_enable": not asked.skipped(layer),
+                "retrain_data_config": data,
+                "retrain_weight_config": weights,
+            }
+        )
     problems.raise_if_any()
     for reason, names in refused.items():
         logger.warning("%s: channel_wise is not applied to %s: %s", place, ", ".join(names), reason)
@@ -130,88 +117,4 @@ def _check_switched_on(message: AMCTRetrainConfig, place: str) -> None:
     only = f"; it has only overrides ({overrides[0]}), which do not" if overrides else ""
     raise ConfigError(
         f"{place}: {DATA} or {WEIGHTS} switches quantization on, and the file has neither{only}"
-    )
-
-
-def _read(entry: Any, where: str, problems: ProblemList) -> _Block:
-    """The parts of an entry; those with problems count as left out, so that the search for more
-    can go on."""
-    data = weights = None
-    if entry.HasField(DATA):
-        data = _data(getattr(entry, DATA).ulq_quantize, f"{where}{DATA}.ulq_quantize", problems)
-    if entry.HasField(WEIGHTS):
-        block = getattr(entry, WEIGHTS)
-        algo = block.WhichOneof("weights_retrain_algo") or "arq_retrain"
-        weights = _weights(getattr(block, algo), algo, f"{where}{WEIGHTS}.{algo}", problems)
-    return _Block(data, weights)
-
-
-def _enum_name(message: Any, field: str) -> str:
-    descriptor = message.DESCRIPTOR.fields_by_name[field]
-    name: str = descriptor.enum_type.values_by_number[getattr(message, field)].name
-    return name
-
-
-def _data(message: Any, place: str, problems: ProblemList) -> DataParams | None:
-    raw: dict[str, Any] = {"dst_type": _enum_name(message, "dst_type")}
-    if message.HasField("clip_max_min"):
-        raw["clip_max"] = shortest(message.clip_max_min.clip_max)
-        raw["clip_min"] = shortest(message.clip_max_min.clip_min)
-    if message.HasField("fixed_min"):
-        raw["fixed_min"] = message.fixed_min
-
-    def in_cfg(parts: list[str]) -> str:
-        inside = "clip_max_min." if parts[0].startswith("clip") else ""
-        return ".".join([place, inside + parts[0], *parts[1:]])
-
-    try:
-        return DataParams.model_validate(raw)
-    except ValidationError as error:
-        explain(error, DataParams, problems, in_cfg)
-        return None
-
-
-def _weights(message: Any, algo: str, place: str, problems: ProblemList) -> _Weights:
-    keys: dict[str, Any] = {"algo": algo, "dst_type": _enum_name(message, "dst_type")}
-    if keys["dst_type"] == "INT16":
-        problems.add(
-            f'{place}.dst_type is INT16; allowed: "INT8" or "INT4" '
-            "(INT16 is reserved for a later version)"
-        )
-        keys["dst_type"] = "INT8"
-    if message.HasField("channel_wise"):
-        keys["channel_wise"] = message.channel_wise
-    return _Weights(place, keys)
-
-
-def _layer_config(
-    layer: SeenLayer,
-    asked: Overrides[_Block],
-    problems: ProblemList,
-    refused: dict[str, list[str]],
-) -> RetrainLayerConfig:
-    blocks = [
-        block
-        for block in (
-            asked.by_name.get(layer.name),
-            asked.by_type.get(layer.kind),
-            asked.common,
-        )
-        if block is not None
-    ]
-    data = next((block.data for block in blocks if block.data is not None), DataParams())
-    nothing = _Weights(WEIGHTS, {})
-    weights = next((block.weights for block in blocks if block.weights is not None), nothing)
-    keys = {**weights_default(layer), **weights.keys}
-    reason = why_not_channel_wise(layer)
-    enabled = not asked.skipped(layer)
-    if keys["channel_wise"] and reason is not None:
-        named = asked.by_name.get(layer.name)
-        if named is not None and named.weights is weights:
-            problems.add(f"{weights.place}: channel_wise is not allowed for {layer.name}: {reason}")
-        elif enabled:
-            refused.setdefault(reason, []).append(layer.name)
-        keys["channel_wise"] = False
-    return RetrainLayerConfig.model_validate(
-        {"retrain_enable": enabled, "retrain_data_config": data, "retrain_weight_config": keys}
     )

@@ -10,11 +10,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from amct_pytorch.config.cfg_file import parse_retrain_cfg
 from amct_pytorch.config.layer_rules import why_not_packed
+from amct_pytorch.config.layered_json import dump_layered
 from amct_pytorch.config.retrain import BITS, RetrainConfig, retrainable
 from amct_pytorch.config.retrain_cfg import retrain_config_from_cfg
 from amct_pytorch.config.retrain_json import (
     default_retrain_config,
-    dump_retrain_json,
     load_retrain_json,
     tell_of_layers,
 )
@@ -25,6 +25,7 @@ from amct_pytorch.flows.checkpoint import load_checkpoint
 from amct_pytorch.flows.preparation import InputData
 from amct_pytorch.flows.trained_files import begin_record, save_trained
 from amct_pytorch.graph.activations import behind_relu
+from amct_pytorch.graph.layers import LAYER_KINDS
 from amct_pytorch.graph.look import ModelGraph, copy_model, look_at
 from amct_pytorch.graph.tensors import ModelInputs
 from amct_pytorch.logs import logger, start_logging
@@ -84,7 +85,7 @@ def create_quant_retrain_config(
     if not config.layers:
         raise ModelError(_nothing_to_train(graph))
     tell_of_layers(layers, config)
-    write_whole(config_file, dump_retrain_json(config).encode(), what="config_file")
+    write_whole(config_file, dump_layered(config).encode(), what="config_file")
 
 
 @public_call
@@ -269,6 +270,7 @@ def training_settings(config: RetrainConfig, graph: ModelGraph) -> dict[str, Tra
             clip_max=data.clip_max,
             clip_min=data.clip_min,
             fixed_min=fixed_min,
+            symmetric=LAYER_KINDS[seen[name].kind].symmetric_inputs,
             packed=why_not_packed(seen[name]) is None,
             fakequant_precision_mode=config.fakequant_precision_mode or "DEFAULT",
         )

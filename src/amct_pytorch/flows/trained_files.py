@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -40,7 +40,7 @@ from amct_pytorch.nn.wrapped import Stage, compressed_layers
 from amct_pytorch.processes import rank
 from amct_pytorch.record.factors import LayerFactors
 from amct_pytorch.record.record_file import RecordFile, write_record
-from amct_pytorch.report.ledger import output_entry
+from amct_pytorch.report.ledger import BlockEntry, output_entry
 from amct_pytorch.report.table import ledger_table
 
 POOR_ADVICE = (
@@ -131,6 +131,7 @@ def save_trained(
     reasons: Callable[[ModelGraph], Mapping[str, str]],
     beside: RecordFile | None = None,
     notes: Mapping[str, str] = MappingProxyType({}),
+    blocks: Sequence[BlockEntry] = (),
 ) -> None:
     """Writes the fake-quant and deploy model, record and ledger of a trained model.
 
@@ -147,6 +148,7 @@ def save_trained(
             trained in quantization was not; may refuse the model.
         beside: what else the record holds.
         notes: what else was done to layers, for the ledger; of the whole model under ``""``.
+        blocks: those that were distilled, for the ledger.
 
     Raises:
         AmctError: naming the argument, file or layer; nothing is written then.
@@ -220,6 +222,7 @@ def save_trained(
     for entry in ledger.layers:
         if entry.name in notes:
             entry.notes.append(notes[entry.name])
+    ledger.blocks = list(blocks)
     release_memory()
     with WholeFiles() as files:
         ledger.bytes = {

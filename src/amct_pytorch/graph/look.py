@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -150,9 +150,7 @@ def look_at(model: nn.Module, inputs: ModelInputs) -> ModelGraph:
         kind = kind_of(module)
         if kind is None:
             continue
-        own_calls = [
-            op for op in trace.in_scope(path) if op.function in kind.functions and _owns(op, path)
-        ]
+        own_calls = _own_calls(trace, path, kind)
         unreachable = _why_unreachable(path, module, kind, own_calls, trace, sharing)
         if unreachable is None and own_calls[0].outputs[0] not in used:
             unreachable = "its output is not used for the model's output"
@@ -186,6 +184,20 @@ def kind_of(module: nn.Module) -> LayerKind | None:
         if isinstance(module, kind.module_class):
             return kind
     return None
+
+
+def layer_calls(trace: Trace, layers: Iterable[SeenLayer]) -> dict[str, OpCall]:
+    """The one call of each layer that made exactly one in a run, in the order they ran."""
+    found = {}
+    for layer in layers:
+        calls = _own_calls(trace, layer.name, LAYER_KINDS[layer.kind])
+        if len(calls) == 1:
+            found[layer.name] = calls[0]
+    return dict(sorted(found.items(), key=lambda item: item[1].index))
+
+
+def _own_calls(trace: Trace, path: str, kind: LayerKind) -> list[OpCall]:
+    return [op for op in trace.in_scope(path) if op.function in kind.functions and _owns(op, path)]
 
 
 def _owns(op: OpCall, path: str) -> bool:

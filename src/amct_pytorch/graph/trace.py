@@ -90,10 +90,12 @@ class Trace:
 
     Attributes:
         ops: every call, in order.
+        inputs: values of the tensors that the model was given, in order.
         outputs: values that the model returned.
         runs: how often each module's forward ran, by dotted path.
         from_input: values that depend on the model's inputs.
         parameter_values: value of each parameter or buffer that some call read.
+        constants: tensors that modules hold as plain attributes, by value.
         untraced: values made where torch functions are not seen, each with the values that
             were alive just before, which it may have been made from.
         dtypes: floating types that results had.
@@ -103,10 +105,12 @@ class Trace:
     """
 
     ops: list[OpCall] = field(default_factory=list)
+    inputs: tuple[int, ...] = ()
     outputs: tuple[int, ...] = ()
     runs: dict[str, int] = field(default_factory=dict)
     from_input: set[int] = field(default_factory=set)
     parameter_values: dict[str, int] = field(default_factory=dict)
+    constants: dict[int, Tensor] = field(default_factory=dict)
     untraced: dict[int, frozenset[int]] = field(default_factory=dict)
     dtypes: set[torch.dtype] = field(default_factory=set)
     integers: dict[int, Tensor] = field(default_factory=dict)
@@ -151,10 +155,13 @@ class _Recorder(TorchFunctionMode):
         # The model keeps these alive, so that their ids are theirs.
         self._parameters = {id(tensor): name for name, tensor in named}
         self._parameter_values: dict[int, int] = {}
+        held = (value for module in model.modules() for value in vars(module).values())
+        self._attributes = {id(value): value for value in held if isinstance(value, Tensor)}
 
     def name_inputs(self, inputs: ModelInputs) -> None:
-        for tensor in tensors_in((inputs.args, inputs.kwargs)):
-            self.trace.from_input.add(self._renew(tensor))
+        tensors = tensors_in((inputs.args, inputs.kwargs))
+        self.trace.inputs = tuple(self._renew(tensor) for tensor in tensors)
+        self.trace.from_input.update(self.trace.inputs)
         self._alive = frozenset(self._values.values())
 
     def name_outputs(self, outputs: Any) -> None:
@@ -177,7 +184,9 @@ class _Recorder(TorchFunctionMode):
         if value is not None:
             return int(value)
         value = self._renew(tensor)
-        if parameter is None:
+        if parameter is None and id(tensor) in self._attributes:
+            self.trace.constants[value] = tensor
+        elif parameter is None:
             # Made where torch functions are not seen (a custom autograd function, a
             # compiled extension): it may depend on the input, so say that it does.
             self.trace.from_input.add(value)

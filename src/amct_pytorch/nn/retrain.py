@@ -51,6 +51,7 @@ class TrainedQuantization:
         clip_max: upper end of the range; None: it is found.
         clip_min: lower end; None likewise.
         fixed_min: whether the lower end stays 0; None: the data decide.
+        symmetric: whether the input has no zero point.
         packed: whether four-bit weights can be deployed two in a byte.
         fakequant_precision_mode: ``DEFAULT`` or ``FORCE_FP16_QUANT``.
     """
@@ -63,6 +64,7 @@ class TrainedQuantization:
     clip_max: float | None = None
     clip_min: float | None = None
     fixed_min: bool | None = None
+    symmetric: bool = False
     packed: bool = True
     fakequant_precision_mode: str = "DEFAULT"
 
@@ -148,6 +150,7 @@ class RetrainLayer(LayerStandIn):
             clip_max=settings.clip_max,
             clip_min=settings.clip_min,
             fixed_min=settings.fixed_min,
+            symmetric=settings.symmetric,
             float16_scale=settings.fakequant_precision_mode == FORCE_FP16,
             name=name,
             device=weight.device,
@@ -167,6 +170,10 @@ class RetrainLayer(LayerStandIn):
     def norm(self) -> TrainedNorm | None:
         """The BatchNorm behind the layer."""
         return self._norm[0]
+
+    def quantizers(self) -> tuple[ActivationFakeQuant, WeightFakeQuant]:
+        """That of the input and that of the weight."""
+        return self.input_quantizer, self.weight_quantizer
 
     def answer(self, call: LayerCall) -> Tensor:
         """The call on quantized operands; in float while ranges are being found."""

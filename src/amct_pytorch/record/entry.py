@@ -102,8 +102,14 @@ def check_positive(name: str, values: Iterable[float], tell: Tell) -> None:
         tell(f"{place} is {value}; allowed: finite and > 0{fits}")
 
 
-def fill_entry(value: Any, factors: LayerFactors) -> None:
-    """Make a SingleLayerRecord say `factors`; fields of other matters stay as they are."""
+def fill_entry(value: Any, factors: LayerFactors, *, plain_types: bool = True) -> None:
+    """Make a SingleLayerRecord say `factors`; fields of other matters stay as they are.
+
+    Args:
+        value: the message.
+        factors: what it shall say.
+        plain_types: whether it names the type of eight bits, too.
+    """
     del value.scale_w[:]
     del value.offset_w[:]
     del value.tensor_balance_factor[:]
@@ -117,7 +123,10 @@ def fill_entry(value: Any, factors: LayerFactors) -> None:
         value.offset_d = factors.offset_d
     if factors.skip_fusion:
         value.skip_fusion = True
-    value.act_type = IntFormat(factors.activation_bits).record_name
-    value.wts_type = IntFormat(factors.weight_bits).record_name
+    bits = {"act_type": factors.activation_bits, "wts_type": factors.weight_bits}
+    for name, number in bits.items():
+        value.ClearField(name)
+        if number != 8 or plain_types:
+            setattr(value, name, IntFormat(number).record_name)
     if factors.fakequant_precision_mode != "DEFAULT":
         value.fakequant_precision_mode = factors.fakequant_precision_mode

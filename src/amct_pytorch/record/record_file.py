@@ -23,11 +23,14 @@ class RecordFile:
         source: the file it was read from, for messages; empty for a new record.
         message: the file as it was read. What the toolkit does not put into `factors`
             (pruning, KV cache, recurrent layers) goes from here into the file written next.
+        plain_types: whether entries written say ``INT8``, which is what a reader takes it for
+            where it is left out.
     """
 
     factors: dict[str, LayerFactors] = field(default_factory=dict)
     source: str = ""
     message: ScaleOffsetRecord = field(default_factory=ScaleOffsetRecord, repr=False)
+    plain_types: bool = True
 
     def check_keys(self, layer_names: Iterable[str]) -> None:
         """Find entries for layers that the model does not have.
@@ -155,7 +158,7 @@ def _message(record: RecordFile, source: str) -> ScaleOffsetRecord:
         before = len(problems)
         check_factors(factors, _telling(problems, name))
         if len(problems) == before:
-            fill_entry(entry.value, factors)
+            fill_entry(entry.value, factors, plain_types=record.plain_types)
     problems.raise_if_any()
     for name, entry in entries.items():
         if name not in record.factors:

@@ -80,6 +80,27 @@ class LayerEntry:
 
 
 @dataclass
+class BlockEntry:
+    """One block of a distillation.
+
+    Attributes:
+        layers: those in it, in the order in which they run.
+        loss_before: mean loss over the batches before training, quantized.
+        loss_after: after it.
+        best_epoch: the epoch that its parameters are from; 0: it is as it was before.
+        seconds: wall time.
+    """
+
+    __pydantic_config__ = _FINITE
+
+    layers: list[str]
+    loss_before: float
+    loss_after: float
+    best_epoch: int
+    seconds: float
+
+
+@dataclass
 class OutputEntry:
     """Agreement of the whole model's output on the last calibration batch.
 
@@ -115,6 +136,7 @@ class Ledger:
         bytes: sizes of the files written.
         notes: what concerns the whole model.
         version: of this file's format.
+        blocks: those that were distilled.
     """
 
     __pydantic_config__ = _FINITE
@@ -126,6 +148,7 @@ class Ledger:
     bytes: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     version: int = LEDGER_VERSION
+    blocks: list[BlockEntry] = field(default_factory=list)
 
     def to_json(self, indent: int | None = None) -> str:
         """JSON text; NaN and infinities never appear in it."""

@@ -36,7 +36,7 @@ class ActivationFakeQuant(RealValues):
         bits: 8 or 4.
         batch_num: training forwards to observe.
         fixed_min: whether `clip_min` is fixed at 0; None: it is if the least value observed
-            is exactly 0.
+            is not below 0.
         clip_max: where `clip_max` starts, > 0; None: as observed.
         clip_min: where `clip_min` starts, <= 0; None: as observed.
         symmetric: whether the offset is fixed at 0. The range is that of `clip_max` then, and
@@ -196,7 +196,8 @@ class ActivationFakeQuant(RealValues):
         if histogram.total == 0:
             raise CalibrationError(f"no value of {self._place()} was observed: all was empty")
         if self.fixed_min is None:
-            self.fixed_min = histogram.low == 0
+            # The range reaches down to 0 in any case; its lower end must not rise above.
+            self.fixed_min = histogram.low >= 0
         given_max, given_min = self._given
         high, low = self._start.search(
             histogram, self.number_format, symmetric=self.symmetric, from_zero=self.fixed_min
