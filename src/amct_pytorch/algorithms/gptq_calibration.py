@@ -6,11 +6,8 @@ is gathered: one Hessian, one factorization.
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from amct_pytorch.algorithms.gptq import (
     GptqResult,
@@ -21,12 +18,13 @@ from amct_pytorch.algorithms.gptq import (
 )
 from amct_pytorch.algorithms.hessian import CHUNK, Hessian
 from amct_pytorch.algorithms.padding import mask_for
+from amct_pytorch.algorithms.sharing import InputStatistics, note_counted, statistics_for
 from amct_pytorch.algorithms.target_correction import correction
 from amct_pytorch.algorithms.weight_grid import WeightGrid
 from amct_pytorch.errors import CalibrationError
 
 
-class SharedInput:
+class SharedInput(InputStatistics):
     """The statistics of one input tensor and what has been computed from them.
 
     Attributes:
@@ -38,7 +36,7 @@ class SharedInput:
     """
 
     def __init__(self, owner: GptqCalibration, x: Tensor) -> None:
-        self.owner = owner
+        super().__init__(owner)
         self.hessian = Hessian(x.shape[-1], x.device)
         self.crossed: Tensor | None = None
         self.reference_tokens = 0
@@ -87,10 +85,6 @@ class SharedInput:
         return None if found is None else torch.addmm(weight.float(), weight.float(), found)
 
 
-# Inputs that live now and the statistics that have counted them.
-_counted: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
 class GptqCalibration:
     """Gathers the inputs of one linear layer and solves it.
 
@@ -103,6 +97,7 @@ class GptqCalibration:
         self.name = name
         self.settings = settings
         self.shared: SharedInput | None = None
+        self._batches = 0
 
     def observe(self, x: Tensor, reference: Tensor | None = None) -> None:
         """Counts one batch of the layer's input; tokens under a `padding_mask` do not count.
@@ -119,15 +114,13 @@ class GptqCalibration:
         Raises:
             ArgumentValueError: for a token that counts and is not finite.
         """
-        counted = _counted.get(x)
-        if self.shared is None:
-            self.shared = counted if counted is not None else SharedInput(self, x)
-        if counted is self.shared:
-            return
-        if self.shared.owner is not self:
-            self.shared = copy.deepcopy(self.shared, {id(self.shared.owner): self})
-        self.shared.add(x, reference)
-        _counted[x] = self.shared
+        self.shared, known = statistics_for(
+            x, self._batches, self, self.shared, lambda: SharedInput(self, x)
+        )
+        if not known:
+            self.shared.add(x, reference)
+            note_counted(x, self._batches, self.shared)
+        self._batches += 1
 
     def solve(self, weight: Tensor, grid: WeightGrid) -> GptqResult:
         """The quantized weight; what was gathered is let go.

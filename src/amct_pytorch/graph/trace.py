@@ -25,6 +25,25 @@ from amct_pytorch.graph.tensors import ModelInputs, in_own_precision, random_sta
 
 TORCH_PACKAGE = torch.__file__.rsplit("/", 1)[0].rsplit("\\", 1)[0]
 OWN_PACKAGE = str(Path(__file__).parent.parent)
+# Function of the call that stands for all that a module does: see `Recorder.as_one_call`.
+ONE_CALL = "one call"
+# Functions that give a tensor's numbers to Python or NumPy.
+READING = frozenset(
+    (
+        "item",
+        "tolist",
+        "numpy",
+        "__array__",
+        "__bool__",
+        "__float__",
+        "__int__",
+        "__index__",
+        "__complex__",
+        "equal",
+        "allclose",
+        "is_nonzero",
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -81,6 +100,7 @@ class Trace:
         runs: how often each module's forward ran, by dotted path.
         from_input: values that depend on the model's inputs.
         parameter_values: value of each parameter or buffer that some call read.
+        read_out: values whose numbers left torch.
         untraced: values made where torch functions are not seen.
         dtypes: floating types that results had.
     """
@@ -90,6 +110,7 @@ class Trace:
     runs: dict[str, int] = field(default_factory=dict)
     from_input: set[int] = field(default_factory=set)
     parameter_values: dict[str, int] = field(default_factory=dict)
+    read_out: set[int] = field(default_factory=set)
     untraced: set[int] = field(default_factory=set)
     dtypes: set[torch.dtype] = field(default_factory=set)
 
@@ -118,8 +139,12 @@ class Trace:
         return (op for op in self.ops if path in op.scopes)
 
 
-class _Recorder(TorchFunctionMode):
-    """Writes every torch function call into a `Trace`."""
+class Recorder(TorchFunctionMode):
+    """Writes every torch function call into a `Trace`, while it is entered.
+
+    Args:
+        model: whose parameters and buffers are known by name.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -127,15 +152,32 @@ class _Recorder(TorchFunctionMode):
         self.scopes: list[str] = []
         self._values: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._next_value = 0
+        self._hidden = False
         named = [*model.named_parameters(), *model.named_buffers()]
         self._parameters = {id(tensor): name for name, tensor in named}
 
     def name_inputs(self, inputs: ModelInputs) -> None:
+        """Notes what the model was called with."""
         for tensor in tensors_in((inputs.args, inputs.kwargs)):
             self.trace.from_input.add(self._renew(tensor))
 
     def name_outputs(self, outputs: Any) -> None:
+        """Notes what the model returned."""
         self.trace.outputs = tuple(self._value(tensor) for tensor in tensors_in(outputs))
+
+    def as_one_call(self, name: str, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """Runs a function and writes it down as one call `ONE_CALL` in the scope `name`."""
+        before, self._hidden = self._hidden, True
+        try:
+            y = function(x)
+        finally:
+            self._hidden = before
+        if not self._hidden:
+            operand = self._operand(x)
+            index, outputs = len(self.trace.ops), (self._renew(y),)
+            call = OpCall(index, ONE_CALL, (name,), (operand.value,), outputs, (operand,), {})
+            self.trace.ops.append(call)
+        return y
 
     def _renew(self, tensor: Tensor) -> int:
         value, self._next_value = self._next_value, self._next_value + 1
@@ -169,6 +211,8 @@ class _Recorder(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self._hidden:
+            return func(*args, **kwargs)
         sources = list(tensors_in((args, kwargs)))
         inputs = tuple(self._value(tensor) for tensor in sources)
         operands = tuple(self._operand(arg) for arg in args)
@@ -176,6 +220,8 @@ class _Recorder(TorchFunctionMode):
         result = func(*args, **kwargs)
         name = getattr(func, "__name__", str(func))
         changed = list(tensors_in(result))
+        if name in READING:
+            self.trace.read_out.update(inputs)
         if name == "__setitem__":
             changed.append(sources[0])
         if changed:
@@ -191,7 +237,7 @@ class _Recorder(TorchFunctionMode):
 
 
 @contextmanager
-def _scopes_watched(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
+def _scopes_watched(model: nn.Module, recorder: Recorder) -> Iterator[None]:
     """Keeps the recorder's stack of running modules while the model runs."""
     handles = []
     for path, module in model.named_modules():
@@ -249,7 +295,7 @@ def trace_forward(model: nn.Module, inputs: ModelInputs) -> Trace:
         ModelError: the forward raised; the message names the module, the user's line and
             what to look at.
     """
-    recorder = _Recorder(model)
+    recorder = Recorder(model)
     inputs = inputs.copied()
     recorder.name_inputs(inputs)
     try:
