@@ -40,15 +40,24 @@ class SharedInput(InputStatistics):
         self.hessian = Hessian(x.shape[-1], x.device)
         self.crossed: Tensor | None = None
         self.reference_tokens = 0
-        # Computed for the first layer that asks, and outdated by another batch.
+        # Computed for the first layer that asks, and outdated by another batch. The moments are
+        # then in `_mean` alone; what is prepared changes their diagonal, so that is kept.
+        self._mean: tuple[Tensor, Tensor, int] | None = None
         self._prepared: tuple[GptqSettings, int, PreparedHessian] | None = None
         self._correction: tuple[Tensor | None] | None = None
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens have been counted."""
+        return self.hessian.tokens if self._mean is None else self._mean[2]
 
     def add(self, x: Tensor, reference: Tensor | None) -> None:
         """Counts one batch; `reference` is the same input in the float model."""
         mask = mask_for(x)
+        if self._mean is not None:
+            self.hessian.put_back(self.mean(), self._mean[2])
         self.hessian.add(x, mask)
-        self._prepared = self._correction = None
+        self._mean = self._prepared = self._correction = None
         if reference is None:
             return
         seen = x.detach().reshape(-1, x.shape[-1])
@@ -63,13 +72,22 @@ class SharedInput(InputStatistics):
             self.crossed.addmm_((plain.float() - rows).T, rows)
         self.reference_tokens += len(seen)
 
+    def mean(self) -> Tensor:
+        """The second moments, float32 [K, K]: the only copy of them."""
+        if self._mean is None:
+            tokens, mean = self.hessian.tokens, self.hessian.take_mean()
+            self._mean = mean, mean.diagonal().clone(), tokens
+        mean, diagonal, _ = self._mean
+        mean.diagonal().copy_(diagonal)
+        return mean
+
     def prepared(self, settings: GptqSettings, grid: WeightGrid) -> PreparedHessian:
         """The factorized Hessian, computed for the first layer that asks."""
         size = grid.group_size(self.hessian.features)
         known = self._prepared
         if known is None or known[:2] != (settings, size):
-            known = (settings, size, prepare(self.hessian.mean(), grid, settings))
-            self._prepared = known
+            known = self._prepared = None  # let go before there are two of them
+            self._prepared = known = settings, size, prepare(self.mean(), grid, settings)
         return known[2]
 
     def target(self, weight: Tensor) -> Tensor | None:
@@ -77,7 +95,8 @@ class SharedInput(InputStatistics):
         if self.crossed is None:
             return None
         if self._correction is None:
-            found = correction(self.hessian.mean(), self.crossed)
+            self._prepared = None  # made of the same matrix
+            found = correction(self.mean(), self.crossed)
             if found is not None:
                 found /= max(self.reference_tokens, 1)
             self._correction = (found,)
@@ -133,7 +152,7 @@ class GptqCalibration:
             CalibrationError: if no token has been counted.
         """
         shared, self.shared = self.shared, None
-        if shared is None or not shared.hessian.tokens:
+        if shared is None or not shared.tokens:
             raise CalibrationError(
                 f"{self.name}: no input token was seen in calibration; run batches that reach it"
             )
