@@ -100,8 +100,7 @@ def solve_awq(
     grids = [grid] * len(weights)
     chosen = choose_input_scale(weights, second_moments, mean_abs, grids, settings.grids_num)
     layers = [
-        quantize_scaled(weight, second_moments, chosen.scale, grid, settings)
-        for weight in weights
+        quantize_scaled(weight, second_moments, chosen.scale, grid, settings) for weight in weights
     ]
     return AwqResult(
         chosen.scale,

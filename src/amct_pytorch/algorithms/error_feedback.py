@@ -50,9 +50,7 @@ class Factorization:
         return solved
 
 
-def factorize(
-    hessian: Tensor, damping: float, order: Tensor | None = None
-) -> Factorization | None:
+def factorize(hessian: Tensor, damping: float, order: Tensor | None = None) -> Factorization | None:
     """Factorizes, with ten times the damping after each failure.
 
     Args:

@@ -39,6 +39,7 @@ class FactorWatch:
         model.__dict__["forward"] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward, watched."""
         if self._running or not self._layers:
             return self._forward(*args, **kwargs)
         recorder = Recorder(self._model)
@@ -65,9 +66,7 @@ class FactorWatch:
     def _settle(self) -> None:
         """Solves what waits; leaves the model when nothing is left to calibrate."""
         self._places.settle(self._model, self._layers)
-        left = {name: layer for name, layer in self._layers.items() if layer.ori_module is not None}
-        # Layers that are quantized can have been the source of others' inputs, so names are kept.
-        if not left:
+        if all(layer.ori_module is None for layer in self._layers.values()):
             self.remove()
 
     def remove(self) -> None:

@@ -21,12 +21,44 @@ from amct_pytorch.graph.trace import ONE_CALL, OpCall, Operand, Trace
 
 # By the name of the torch function; those that work in place have the same name and "_".
 PASSING = frozenset(
-    "relu leaky_relu prelu dropout to float half bfloat16 type type_as clone "
-    "detach".split()
+    (
+        "relu",
+        "leaky_relu",
+        "prelu",
+        "dropout",
+        "to",
+        "float",
+        "half",
+        "bfloat16",
+        "type",
+        "type_as",
+        "clone",
+        "detach",
+    )
 )
 MOVING = frozenset(
-    "view reshape transpose swapaxes permute movedim contiguous flatten unflatten expand "
-    "unsqueeze squeeze repeat repeat_interleave __getitem__ chunk split unbind cat concat".split()
+    (
+        "view",
+        "reshape",
+        "transpose",
+        "swapaxes",
+        "permute",
+        "movedim",
+        "contiguous",
+        "flatten",
+        "unflatten",
+        "expand",
+        "unsqueeze",
+        "squeeze",
+        "repeat",
+        "repeat_interleave",
+        "__getitem__",
+        "chunk",
+        "split",
+        "unbind",
+        "cat",
+        "concat",
+    )
 )
 PRODUCTS = frozenset(("mul", "multiply"))
 SUMS = frozenset(("add",))
@@ -59,8 +91,14 @@ class _Stays(Exception):
     """Why factors have to stay."""
 
 
-@dataclass
+# A call, the value that it passes on, and the one that it gives.
+_Step = tuple[OpCall, int, int]
+
+
+@dataclass(frozen=True)
 class _Origin:
+    """What can be scaled, and the shape of what it makes."""
+
     layer: str | None = None
     parameters: tuple[str, ...] = ()
     rows: bool = False
@@ -113,12 +151,10 @@ class _Sources:
                 raise _Stays(f"something else reads its input too ({others[0]})")
             self._check_inside(value)
             shape = _operand_of(readers[0], value).shape
-            steps: list[tuple[OpCall, int, int]] = []
+            steps: list[_Step] = []
             origin = self._walk(value, shape, steps)
             channels = _channels(origin, steps, shape)
-            return InputSource(
-                layers, origin.layer, origin.parameters, origin.rows, channels
-            )
+            return InputSource(layers, origin.layer, origin.parameters, origin.rows, channels)
         except _Stays as why:
             return InputSource(layers, reason=str(why))
 
@@ -128,17 +164,12 @@ class _Sources:
         if value in self._trace.read_out:
             raise _Stays("its input is read outside of torch")
 
-    def _walk(
-        self, value: int, shape: tuple[int, ...], steps: list[tuple[OpCall, int, int]]
-    ) -> _Origin:
-        """Goes back to what can be scaled; `steps` are the calls on the way, the last one first.
-
-        Each step has the value that it passes on, and the one that it gives.
-        """
+    def _walk(self, value: int, shape: tuple[int, ...], steps: list[_Step]) -> _Origin:
+        """Goes back to what can be scaled; `steps` are the calls on the way, the last one first."""
         op = self._makers.get(value)
         if op is None:
             raise _Stays("its input comes from outside of what runs")
-        name = op.function.removesuffix("_") if op.function[-2:] != "__" else op.function
+        name = _plain(op.function)
         if op.function == ONE_CALL:
             if self._calls[op.scopes[-1]] > 1:
                 raise _Stays(f"{op.scopes[-1]} is called several times in one pass")
@@ -166,7 +197,7 @@ class _Sources:
         name: str,
         value: int,
         shape: tuple[int, ...],
-        steps: list[tuple[OpCall, int, int]],
+        steps: list[_Step],
     ) -> _Origin:
         """Back over a product of two, of which one can be scaled, or a sum with a bias."""
         pair = [op.argument(0, "input"), op.argument(1, "other")]
@@ -179,7 +210,7 @@ class _Sources:
                 return _Origin(parameters=self._own(one), shape=shape)
             if isinstance(other, Operand) and other.shape == shape and not op.kwargs:
                 self._check_sole(other.value)
-                before: list[tuple[OpCall, int, int]] = []
+                before: list[_Step] = []
                 origin = self._walk(other.value, shape, before)
                 if origin.parameters and not before:
                     bias = self._own(one)
@@ -200,7 +231,7 @@ class _Sources:
                 return self._walk(one.value, shape, steps)
             except _Stays as reason:
                 del steps[number:]
-                why = why or reason
+                why = reason
         raise why or _Stays(f"its input is made by {op.function}")
 
     def _passed_on(self, op: OpCall, name: str) -> Operand | None:
@@ -210,9 +241,14 @@ class _Sources:
             return parts[0] if len(parts) == 1 else None
         if name == "scaled_dot_product_attention":
             value = op.argument(2, "value")
-            return value if isinstance(value, Operand) and op.inputs.count(value.value) == 1 else None
+            return (
+                value if isinstance(value, Operand) and op.inputs.count(value.value) == 1 else None
+            )
         if name in ("matmul", "bmm"):
-            pair = [op.argument(0, "input"), op.argument(1, "other" if name == "matmul" else "mat2")]
+            pair = [
+                op.argument(0, "input"),
+                op.argument(1, "other" if name == "matmul" else "mat2"),
+            ]
             if all(isinstance(one, Operand) for one in pair) and pair[0].value != pair[1].value:
                 return pair[1]
             return None
@@ -244,6 +280,11 @@ class _Sources:
         return tuple(names)
 
 
+def _plain(function: str) -> str:
+    """A function's name without the mark of working in place."""
+    return function if function.endswith("__") else function.removesuffix("_")
+
+
 def _operands(value: Any) -> Iterator[Operand]:
     if isinstance(value, Operand):
         yield value
@@ -260,11 +301,11 @@ def _operand_of(op: OpCall, value: int) -> Operand:
 
 
 def _channels(
-    origin: _Origin, steps: list[tuple[OpCall, int, int]], shape: tuple[int, ...]
+    origin: _Origin, steps: list[_Step], shape: tuple[int, ...]
 ) -> tuple[int, ...] | None:
     """For each channel of the last axis of `shape`, the origin's; None where they are the same."""
-    if not any(op.function in MOVING or "matmul" in op.function or op.function in
-               ("bmm", "scaled_dot_product_attention") for op, _, _ in steps):  # fmt: skip
+    kept = PASSING | PRODUCTS
+    if all(_plain(op.function) in kept for op, _, _ in steps):
         return None
     numbers = torch.arange(origin.shape[-1], dtype=torch.int32).expand(origin.shape)
     for op, source, result in reversed(steps):
@@ -280,7 +321,7 @@ def _channels(
 
 def _moved(op: OpCall, source: int, result: int, numbers: Tensor) -> Tensor:
     """The channels' numbers behind one call."""
-    name = op.function.removesuffix("_") if op.function[-2:] != "__" else op.function
+    name = _plain(op.function)
     if name in PASSING or name in PRODUCTS or name in ("cat", "concat"):
         return numbers
     if name in ("matmul", "bmm", "scaled_dot_product_attention"):

@@ -180,9 +180,7 @@ class BalancedLinear(LinearQuantizeModule, Generic[Statistics]):
         if self.output_divisor is not None and bias is not None:
             bias = bias.detach().float() / self.output_divisor
             solution = replace(solution, bias=bias)
-        return replace(
-            solution, divisor=factors, notes=(*balance.notes, *solution.notes, *notes)
-        )
+        return replace(solution, divisor=factors, notes=(*balance.notes, *solution.notes, *notes))
 
     def counted(self) -> Statistics:
         """What has been observed.

@@ -161,5 +161,3 @@ def _assign(parameter: nn.Parameter, value: Tensor) -> None:
     mode = parameter.is_inference() or torch.is_inference_mode_enabled()
     with torch.inference_mode(mode), torch.no_grad():
         parameter.copy_(value)
-
-

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pydantic import BaseModel
 from torch import nn
 
-from amct_pytorch.errors import ArgumentTypeError, ArgumentValueError
+from amct_pytorch.errors import ArgumentTypeError, ArgumentValueError, did_you_mean
 from amct_pytorch.logs import logger
 from amct_pytorch.low_bit.base_module import BaseQuantizeModule
 
@@ -65,6 +65,13 @@ class Registry:
             raise ArgumentTypeError(
                 f"deploy_op is {deploy_op!r}; allowed are a subclass of torch.nn.Module and None"
             )
+        if not hasattr(nn, src_op):
+            hint = did_you_mean(src_op, [one for one in vars(nn) if one[0].isupper()])
+            if hint:
+                logger.warning(
+                    "src_op %r of algorithm %r is no layer class of torch.nn%s; only layers of a "
+                    "class of yours with that very name will be replaced", src_op, name, hint,
+                )  # fmt: skip
         key = (name, src_op)
         known = self._algorithms.get(key)
         if known is not None:
