@@ -141,10 +141,10 @@ class PreparedHessian:
     damping: float
 
     def loss(self, error: Tensor) -> float:
-        """tr(E H Eᵀ) without damping and dead columns, for an error [K, N]."""
-        alive = error.masked_fill(self.dead[:, None], 0)
-        damped = self.damping * total(alive.square())
-        return max(output_error(alive, self.matrix) - damped, 0.0)
+        """tr(E H Eᵀ) without damping, for an error [K, N] whose dead rows are set to 0."""
+        error[self.dead] = 0
+        damped = self.damping * total(error.square())
+        return max(output_error(error, self.matrix) - damped, 0.0)
 
 
 def prepare(hessian: Tensor, grid: WeightGrid, settings: GptqSettings) -> PreparedHessian:
@@ -203,8 +203,10 @@ def solve_prepared(
     fmt, granularity = grid.fmt, grid.granularity
     params = params_of(weight, fmt, granularity, symmetric=grid.symmetric)
     nearest = fake_quantize(weight.float(), params.scale, params.offset, fmt, granularity)
-    loss_nearest = prepared.loss((aim - nearest).T.contiguous())
+    error = nearest.sub_(aim).T.contiguous()
     del nearest
+    loss_nearest = prepared.loss(error)
+    del error
     dead = int(prepared.dead.sum())
     damping = prepared.damping
     if dead == len(prepared.dead):
@@ -276,6 +278,8 @@ def _round(
     for left in reversed(range(settings.sweeps)):
         loss -= sweep(rounding, matrix, output, last=not left)
     damped = prepared.damping * total(rounding.error.square())
+    # Only the steps are needed from here on, and the memory of the rest is.
+    rounding.weight = rounding.error = rounding.steps.new_empty(0)
     return rounding, max(loss - damped, 0.0)
 
 
@@ -288,7 +292,7 @@ def _quantized(rounding: Rounding) -> tuple[Tensor, Tensor, Tensor | None]:
     if not grid.symmetric:
         offset = torch.stack([f.offset for f in known if f.offset is not None], dim=1)
         sizes = torch.tensor([b - a for a, b in granule_spans(rounding.granule_of)])
-        steps = steps + offset.T.repeat_interleave(sizes.to(steps.device), dim=0)
+        steps.add_(offset.T.repeat_interleave(sizes.to(steps.device), dim=0))
         offset = _by_granularity(offset, grid).int()
     return grid.fmt.encode(steps.T), _by_granularity(scale, grid), offset
 

@@ -249,8 +249,9 @@ class _Sources:
                 op.argument(0, "input"),
                 op.argument(1, "other" if name == "matmul" else "mat2"),
             ]
-            if all(isinstance(one, Operand) for one in pair) and pair[0].value != pair[1].value:
-                return pair[1]
+            first, second = pair
+            if isinstance(first, Operand) and isinstance(second, Operand):
+                return second if first.value != second.value else None
             return None
         if name in PASSING or name in MOVING:
             x = op.argument(0, "input")
@@ -335,9 +336,10 @@ def _moved(op: OpCall, source: int, result: int, numbers: Tensor) -> Tensor:
         moved = getattr(numbers, name)(*args, **op.kwargs)
     except (RuntimeError, TypeError, IndexError, ValueError):
         raise _Stays(f"its channels cannot be followed through {op.function}") from None
-    if not isinstance(moved, Tensor):
-        moved = moved[op.outputs.index(result)]
-    return moved
+    if isinstance(moved, Tensor):
+        return moved
+    one: Tensor = moved[op.outputs.index(result)]
+    return one
 
 
 def _summed_over_tokens(op: OpCall, name: str, numbers: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Self
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -73,7 +73,7 @@ class AwqLinear(BalancedLinear[AwqStatistics]):
         statistics.add(unpadded(x))
 
     @classmethod
-    def choose(cls, layers: Sequence[Self], tied: TiedChannels) -> Balance:
+    def choose(cls, layers: Sequence[AwqLinear], tied: TiedChannels) -> Balance:
         """The exponent of least output error of all layers together."""
         found = layers[0].counted()
         tokens = found.moments.tokens

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +99,7 @@ class BalancedLinear(LinearQuantizeModule, Generic[Statistics]):
 
     @classmethod
     @abstractmethod
-    def choose(cls, layers: Sequence[Self], tied: TiedChannels) -> Balance:
+    def choose(cls, layers: Sequence[Any], tied: TiedChannels) -> Balance:
         """Factors for layers that share their statistics; equal ones for tied channels."""
 
     @abstractmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, Self
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -78,7 +78,7 @@ class SmoothQuantLinear(BalancedLinear[SmoothQuantStatistics]):
         statistics.sample.add(tokens)
 
     @classmethod
-    def choose(cls, layers: Sequence[Self], tied: TiedChannels) -> Balance:
+    def choose(cls, layers: Sequence[SmoothQuantLinear], tied: TiedChannels) -> Balance:
         """Factors by the ranges of the input and of all layers' weights."""
         first, found = layers[0], layers[0].counted()
         strength = SmoothQuantOptions.model_validate(first.request.options).smooth_strength
