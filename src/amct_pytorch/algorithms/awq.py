@@ -98,7 +98,7 @@ def solve_awq(
         ArgumentValueError: for shapes that do not fit, or values that are not finite.
     """
     grids = [grid] * len(weights)
-    chosen = choose_input_scale(weights, second_moments, mean_abs, grids, settings.grids_num)
+    chosen = choose_input_scale(weights, second_moments, mean_abs, grids, settings)
     layers = [
         quantize_scaled(weight, second_moments, chosen.scale, grid, settings) for weight in weights
     ]
@@ -132,38 +132,51 @@ def choose_input_scale(
     second_moments: Tensor,
     mean_abs: Tensor,
     grids: Sequence[WeightGrid],
-    grids_num: int,
+    settings: AwqSettings = AwqSettings(),
 ) -> InputScale:
-    """The exponent with the least output error of all layers together, and for none above nearest.
+    """The exponent with the least output error of all layers together, with none above nearest.
+
+    What layers share must make none of them worse than rounding to the nearest. Where it would,
+    after ranges have been narrowed, the next best exponent is taken.
 
     Args:
         weights: as in `solve_awq`.
         second_moments: as in `solve_awq`.
         mean_abs: as in `solve_awq`. Channels with equal entries get equal scales.
         grids: the numbers that each weight may take.
-        grids_num: how many exponents are tried.
+        settings: what is searched.
 
     Raises:
         ArgumentValueError: as `solve_awq`.
     """
     _check(weights, second_moments, mean_abs)
     floats = [weight.float() for weight in weights]
-    best_alpha, best_scale, least = 0.0, torch.ones_like(mean_abs), float("inf")
-    nearest: list[float] = []
-    for step in range(grids_num):
-        alpha = step / grids_num
+    exponents = [step / settings.grids_num for step in range(settings.grids_num)]
+    losses = []
+    for alpha in exponents:
         scale = awq_scale(mean_abs, alpha)
-        losses = [
-            output_loss(_rounded(weight * scale, grid)[0] / scale - weight, second_moments)
-            for weight, grid in zip(floats, grids, strict=True)
-        ]
-        if step == 0:
-            nearest = losses
-        # What layers share must make none of them worse than rounding to the nearest.
-        helps_all = all(loss <= plain for loss, plain in zip(losses, nearest, strict=True))
-        if helps_all and sum(losses) < least:
-            best_alpha, best_scale, least = alpha, scale, sum(losses)
-    return InputScale(best_scale, best_alpha, tuple(nearest))
+        losses.append(
+            [
+                output_loss(_rounded(weight * scale, grid)[0] / scale - weight, second_moments)
+                for weight, grid in zip(floats, grids, strict=True)
+            ]
+        )
+    nearest = losses[0]
+
+    def none_worse(step: int) -> bool:
+        scale = awq_scale(mean_abs, exponents[step])
+        for weight, grid, loss, plain in zip(floats, grids, losses[step], nearest, strict=True):
+            if loss > plain and (
+                not settings.clip
+                or quantize_scaled(weight, second_moments, scale, grid, settings).loss > plain
+            ):
+                return False
+        return True
+
+    # The first one is rounding to the nearest itself.
+    ranked = sorted(range(len(exponents)), key=lambda step: sum(losses[step]))
+    best = next((step for step in ranked if none_worse(step)), 0)
+    return InputScale(awq_scale(mean_abs, exponents[best]), exponents[best], tuple(nearest))
 
 
 def quantize_scaled(

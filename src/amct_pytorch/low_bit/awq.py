@@ -88,7 +88,7 @@ class AwqLinear(BalancedLinear[AwqStatistics]):
             found.mean(),
             tied.mean(found.sum_abs / tokens),
             [layer.grid for layer in layers],
-            options.grids_num,
+            AwqSettings(options.grids_num),
         )
         return Balance(chosen.scale if chosen.alpha else None, (f"exponent {chosen.alpha:.2f}",))
 
