@@ -66,8 +66,10 @@ class Registry:
                 f"deploy_op is {deploy_op!r}; allowed are a subclass of torch.nn.Module and None"
             )
         if not hasattr(nn, src_op):
-            hint = did_you_mean(src_op, [one for one in vars(nn) if one[0].isupper()])
-            if hint:
+            layers = [one for one in vars(nn) if one[0].isupper()]
+            hint = did_you_mean(src_op, layers)
+            # The Conv1D of transformers is a class of its own.
+            if hint and src_op.lower() not in (one.lower() for one in layers):
                 logger.warning(
                     "src_op %r of algorithm %r is no layer class of torch.nn%s; only layers of a "
                     "class of yours with that very name will be replaced", src_op, name, hint,
