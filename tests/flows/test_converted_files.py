@@ -105,7 +105,7 @@ def test_the_file_is_plain_safetensors_without_repetition(tmp_path):
 
 
 def test_the_ledger_is_kept(tmp_path):
-    net, tokens = converted("int4 group")
+    net, _ = converted("int4 group")
     amct.save_converted(net, tmp_path / "net.safetensors")
     again = amct.load_converted(Tied(), tmp_path / "net.safetensors")
     assert again.amct_ledger == net.amct_ledger
