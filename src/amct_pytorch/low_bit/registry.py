@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -67,12 +68,13 @@ class Registry:
             )
         if not hasattr(nn, src_op):
             layers = [one for one in vars(nn) if one[0].isupper()]
-            hint = did_you_mean(src_op, layers)
-            # The Conv1D of transformers is a class of its own.
-            if hint and src_op.lower() not in (one.lower() for one in layers):
+            # One or two letters apart. The Conv1D of transformers is a class of its own.
+            close = difflib.get_close_matches(src_op, layers, n=1, cutoff=0.8)
+            if close and close[0].lower() != src_op.lower():
                 logger.warning(
                     "src_op %r of algorithm %r is no layer class of torch.nn%s; only layers of a "
-                    "class of yours with that very name will be replaced", src_op, name, hint,
+                    "class of yours with that very name will be replaced",
+                    src_op, name, did_you_mean(src_op, close),
                 )  # fmt: skip
         key = (name, src_op)
         known = self._algorithms.get(key)
