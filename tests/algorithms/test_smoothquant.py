@@ -5,7 +5,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from amct_pytorch.algorithms.smoothquant import choose_strength, smooth_factors
+from amct_pytorch.algorithms.smoothquant import (
+    SmoothedLayer,
+    choose_strength,
+    smooth_factors,
+)
 from amct_pytorch.errors import ArgumentValueError
 
 MAXIMA = st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=8)
@@ -46,7 +50,8 @@ def test_takes_the_strength_with_the_least_error():
     def output(factors):  # as if only the factors of 0.8 were exact
         return tokens @ weight.T + (factors - wanted).abs().sum()
 
-    found = choose_strength(input_max, torch.ones(4), 0.5, tokens, weight, output)
+    layers = [SmoothedLayer(tokens @ weight.T, output)]
+    found = choose_strength(input_max, torch.ones(4), 0.5, layers)
     assert found.strength == pytest.approx(0.8)
     assert torch.equal(found.factors, wanted)
     assert found.error == 0 < found.error_asked
@@ -65,14 +70,32 @@ def test_errors_are_relative_to_each_token():
         noise[1:] = 0.1 if asked else 0.2
         return tokens @ weight.T + noise
 
-    assert choose_strength(input_max, ones, 0.5, tokens, weight, output).strength == 0.5
+    layers = [SmoothedLayer(tokens @ weight.T, output)]
+    assert choose_strength(input_max, ones, 0.5, layers).strength == 0.5
 
 
 def test_without_tokens_the_strength_stays():
-    found = choose_strength(
-        torch.ones(4), torch.ones(4), 0.3, torch.zeros(0, 4), torch.ones(2, 4), lambda _: 1 / 0
-    )
-    assert found.strength == 0.3
+    layers = [SmoothedLayer(torch.zeros(0, 2), lambda _: 1 / 0)]
+    assert choose_strength(torch.ones(4), torch.ones(4), 0.3, layers).strength == 0.3
+
+
+def test_layers_that_share_an_input_decide_together():
+    """One is served by strength 0.5 only, the other loses ten times as much by it."""
+    meant, ones, input_max = torch.ones(3, 1), torch.ones(2), torch.tensor([4.0, 1.0])
+    asked = smooth_factors(input_max, ones, 0.5)
+
+    def first(factors):
+        return meant + (0.0 if torch.equal(factors, asked) else 0.1)
+
+    def second(factors):
+        return meant + (1.0 if torch.equal(factors, asked) else 0.0)
+
+    dead = SmoothedLayer(torch.zeros(3, 1), lambda factors: meant)
+    layers = [SmoothedLayer(meant, first), SmoothedLayer(meant, second), dead]
+    found = choose_strength(input_max, ones, 0.5, layers)
+    assert found.strength == pytest.approx(0.6)
+    assert found.error == pytest.approx(0.01 / 2)
+    assert found.error_asked == pytest.approx(1 / 2)
 
 
 def test_bad_input():

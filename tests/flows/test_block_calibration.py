@@ -108,7 +108,7 @@ def test_layers_on_one_input_share_its_statistics():
         assert gate is not down
         assert gate.hessian.tokens == 60
         model(inputs[1])
-    assert gate.hessian.tokens == 120
+    assert gate.tokens == 120
 
 
 def test_padding_in_a_mask_does_not_count():

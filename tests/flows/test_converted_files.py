@@ -104,6 +104,14 @@ def test_the_file_is_plain_safetensors_without_repetition(tmp_path):
     assert tensors["up.packed"].dtype == torch.int8
 
 
+def test_the_ledger_is_kept(tmp_path):
+    net, _ = converted("int4 group")
+    amct.save_converted(net, tmp_path / "net.safetensors")
+    again = amct.load_converted(Tied(), tmp_path / "net.safetensors")
+    assert again.amct_ledger == net.amct_ledger
+    assert {entry.status for entry in again.amct_ledger.quantized} == {"deployed"}
+
+
 def test_no_float_weights_are_needed(tmp_path):
     net, tokens = converted("int4 group")
     amct.save_converted(net, tmp_path / "net.safetensors")

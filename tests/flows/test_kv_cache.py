@@ -157,6 +157,7 @@ def test_cfg_file_wins_and_overrides_count_by_name(tmp_path, model):
     [
         ({"num_bits": 8}, r"kv_data_quant_config\.num_bits: unknown key"),
         ({"quant_granularity": 2}, r"quant_granularity is 2; allowed: 0 \(per tensor\) or 1"),
+        ({"quant_granularity": "per_channel"}, r"or 1 \(per channel\)$"),
         ({"search_step": 5.0}, r"search_step is 5\.0; allowed: a number in \(0, 0\.6\]"),
         ({"act_algo": "ifmrr"}, r'act_algo is "ifmrr"; allowed: "ifmr" or "hfmg" \(did you mean'),
         ({"num_of_bins": 1024}, r'num_of_bins: unknown key; it belongs to act_algo "hfmg"'),

@@ -446,3 +446,13 @@ def test_wrong_registrations_are_told(registry, arguments, error, message):
     with pytest.raises(error, match=message):
         amct.algorithm_register(*arguments)
     assert registry._algorithms == before
+
+
+@pytest.mark.parametrize(
+    ("src_op", "told"), [("Liner", "did you mean 'Linear'"), ("Conv1D", None), ("MyLayer", None)]
+)
+def test_a_layer_class_that_torch_does_not_have_is_told_if_it_looks_like_one(
+    registry, src_op, told, caplog
+):
+    amct.algorithm_register("negated elsewhere", src_op, Negated)
+    assert (told is None and not caplog.text) or (told is not None and told in caplog.text)

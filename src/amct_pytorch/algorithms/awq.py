@@ -12,7 +12,7 @@ second moments H = E[x xᵀ] of all calibration tokens, as tr(E H Eᵀ) with E t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -69,8 +69,8 @@ class AwqResult:
     Attributes:
         input_scale: s, float32 [K], positive; all ones where no exponent helps.
         alpha: the exponent chosen.
-        layers: one entry a layer, in the order given. Their total loss is never above that of
-            rounding to the nearest.
+        layers: one entry a layer, in the order given. No loss is above that of rounding to the
+            nearest.
     """
 
     input_scale: Tensor
@@ -97,32 +97,116 @@ def solve_awq(
     Raises:
         ArgumentValueError: for shapes that do not fit, or values that are not finite.
     """
+    grids = [grid] * len(weights)
+    chosen = choose_input_scale(weights, second_moments, mean_abs, grids, settings)
+    layers = [
+        quantize_scaled(weight, second_moments, chosen.scale, grid, settings) for weight in weights
+    ]
+    return AwqResult(
+        chosen.scale,
+        chosen.alpha,
+        tuple(
+            replace(layer, loss_nearest=loss)
+            for layer, loss in zip(layers, chosen.losses_nearest, strict=True)
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class InputScale:
+    """What was chosen for layers that share an input.
+
+    Attributes:
+        scale: s, float32 [K], positive; all ones where no exponent helps.
+        alpha: its exponent.
+        losses_nearest: of rounding to the nearest without a scale, one a layer.
+    """
+
+    scale: Tensor
+    alpha: float
+    losses_nearest: tuple[float, ...]
+
+
+def choose_input_scale(
+    weights: Sequence[Tensor],
+    second_moments: Tensor,
+    mean_abs: Tensor,
+    grids: Sequence[WeightGrid],
+    settings: AwqSettings = AwqSettings(),
+) -> InputScale:
+    """The exponent with the least output error of all layers together, with none above nearest.
+
+    What layers share must make none of them worse than rounding to the nearest. Where it would,
+    after ranges have been narrowed, the next best exponent is taken.
+
+    Args:
+        weights: as in `solve_awq`.
+        second_moments: as in `solve_awq`.
+        mean_abs: as in `solve_awq`. Channels with equal entries get equal scales.
+        grids: the numbers that each weight may take.
+        settings: what is searched.
+
+    Raises:
+        ArgumentValueError: as `solve_awq`.
+    """
     _check(weights, second_moments, mean_abs)
     floats = [weight.float() for weight in weights]
-    best_alpha, best_scale, least = 0.0, torch.ones_like(mean_abs), float("inf")
-    nearest: list[float] = []
-    for step in range(settings.grids_num):
-        alpha = step / settings.grids_num
+    exponents = [step / settings.grids_num for step in range(settings.grids_num)]
+    losses = []
+    for alpha in exponents:
         scale = awq_scale(mean_abs, alpha)
-        losses = [
-            output_loss(_rounded(weight * scale, grid)[0] / scale - weight, second_moments)
-            for weight in floats
-        ]
-        if step == 0:
-            nearest = losses
-        if sum(losses) < least:
-            best_alpha, best_scale, least = alpha, scale, sum(losses)
-    moments = second_moments / best_scale / best_scale[:, None]
-    layers = []
-    for weight, loss_nearest in zip(floats, nearest, strict=True):
-        scaled = weight * best_scale
-        quantized, params = _rounded(scaled, grid)
-        if settings.clip:
-            params = clip_search(scaled, params, moments, grid)
-            quantized = _fake(scaled, params, grid)
+        losses.append(
+            [
+                output_loss(_rounded(weight * scale, grid)[0] / scale - weight, second_moments)
+                for weight, grid in zip(floats, grids, strict=True)
+            ]
+        )
+    nearest = losses[0]
+
+    def none_worse(step: int) -> bool:
+        scale = awq_scale(mean_abs, exponents[step])
+        for weight, grid, loss, plain in zip(floats, grids, losses[step], nearest, strict=True):
+            if loss > plain and (
+                not settings.clip
+                or quantize_scaled(weight, second_moments, scale, grid, settings).loss > plain
+            ):
+                return False
+        return True
+
+    # The first one is rounding to the nearest itself.
+    ranked = sorted(range(len(exponents)), key=lambda step: sum(losses[step]))
+    best = next((step for step in ranked if none_worse(step)), 0)
+    return InputScale(awq_scale(mean_abs, exponents[best]), exponents[best], tuple(nearest))
+
+
+def quantize_scaled(
+    weight: Tensor,
+    second_moments: Tensor,
+    scale: Tensor,
+    grid: WeightGrid,
+    settings: AwqSettings = AwqSettings(),
+) -> AwqLayer:
+    """Quantizes W diag(s), by ranges that are searched if the settings say so.
+
+    Args:
+        weight: floating [N, K].
+        second_moments: of the input before it is divided, float32 [K, K].
+        scale: s, float32 [K].
+        grid: the numbers that the weight may take.
+        settings: what is searched.
+
+    Returns:
+        The layer; its `loss_nearest` is that without narrowed ranges.
+    """
+    moments = second_moments / scale / scale[:, None]
+    scaled = weight.float() * scale
+    quantized, params = _rounded(scaled, grid)
+    plain = loss = output_loss(quantized - scaled, moments)
+    if settings.clip:
+        params = clip_search(scaled, params, moments, grid)
+        quantized = _fake(scaled, params, grid)
         loss = output_loss(quantized - scaled, moments)
-        layers.append(AwqLayer(quantized, params, loss_nearest, loss))
-    return AwqResult(best_scale, best_alpha, tuple(layers))
+    return AwqLayer(quantized, params, plain, loss)
 
 
 def awq_scale(mean_abs: Tensor, alpha: float) -> Tensor:

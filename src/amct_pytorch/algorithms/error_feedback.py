@@ -27,6 +27,8 @@ LEAF = 32
 # After a failure, dampings of this fraction of the mean of the diagonal and above are tried.
 LEAST_DAMPING = 1e-6
 MOST_DAMPING = 1.0
+# Elements of a matrix that change places together.
+FLIPPED_AT_ONCE = 2**16
 
 
 @dataclass(frozen=True)
@@ -34,43 +36,70 @@ class Factorization:
     """H + damping·I = U Uᵀ with U upper triangular.
 
     Attributes:
-        upper: U, float32 [K, K].
+        transposed: Uᵀ, float32 [K, K], contiguous.
         damping: what was added to the diagonal.
     """
 
-    upper: Tensor
+    transposed: Tensor
     damping: float
 
     def solve(self, right: Tensor) -> Tensor:
         """X in (H + damping·I) X = right, [K, any]."""
-        half = torch.linalg.solve_triangular(self.upper, right, upper=True)
-        solved: Tensor = torch.linalg.solve_triangular(self.upper.T, half, upper=False)
+        half = torch.linalg.solve_triangular(self.transposed.T, right, upper=True)
+        solved: Tensor = torch.linalg.solve_triangular(self.transposed, half, upper=False)
         return solved
 
 
-def factorize(hessian: Tensor, damping: float) -> Factorization | None:
+def factorize(hessian: Tensor, damping: float, order: Tensor | None = None) -> Factorization | None:
     """Factorizes, with ten times the damping after each failure.
 
     Args:
         hessian: float32 [K, K], symmetric.
         damping: first damping as a fraction of the mean of the diagonal.
+        order: of rows and columns in what is factorized, [K]; None: as they are.
 
     Returns:
         None if the matrix is not positive definite either with all of the mean (MOST_DAMPING)
         or more added, which no sum of x xᵀ is.
     """
     mean = float(hessian.diagonal().mean())
+    backward = torch.arange(len(hessian), device=hessian.device) if order is None else order
+    backward = backward.flip(0)
     while True:
         # Flipped along both axes, a lower triangular factor becomes an upper triangular one.
-        matrix = hessian.flip(0, 1)
+        matrix = hessian[backward[:, None], backward]
         matrix.diagonal().add_(damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(matrix)
-        del matrix  # the largest layers decide on peak memory: copies are let go when done with
-        if not int(failed) and is_finite(lower):
-            return Factorization(lower.flip(0, 1), damping * mean)
+        lower = _cholesky(matrix)
+        del matrix  # the largest layers decide on peak memory: no copy stays longer than it must
+        if lower is not None:
+            return Factorization(_flipped(lower.T), damping * mean)
         if damping >= MOST_DAMPING:
             return None
         damping = max(10 * damping, LEAST_DAMPING)
+
+
+def _cholesky(matrix: Tensor) -> Tensor | None:
+    """The lower factor of a symmetric matrix, which is overwritten; None if there is none."""
+    if matrix.device.type == "cpu":
+        # LAPACK works on columns: to it the transposed view is the matrix in its own order.
+        lower, failed = matrix.mT, torch.empty((), dtype=torch.int32)
+        torch.linalg.cholesky_ex(lower, out=(lower, failed))
+    else:
+        lower, failed = torch.linalg.cholesky_ex(matrix)
+    return lower if not int(failed) and is_finite(lower) else None
+
+
+def _flipped(square: Tensor) -> Tensor:
+    """`square` flipped along both axes, in its own memory where that is contiguous."""
+    square = square.contiguous()
+    flat = square.view(-1)
+    size = len(flat)
+    for start in range(0, size // 2, FLIPPED_AT_ONCE):
+        stop = min(start + FLIPPED_AT_ONCE, size // 2)
+        head = flat[start:stop].flip(0)
+        flat[start:stop] = flat[size - stop : size - start].flip(0)
+        flat[size - stop : size - start] = head
+    return square
 
 
 @dataclass
@@ -110,12 +139,23 @@ class Rounding:
         self.steps[row] = steps
         torch.addcmul(self.weight[row], steps, factors.scale, value=-1, out=self.error[row])
 
-    def rounded(self) -> Tensor:
-        """The rounded weights, [K, N]."""
-        return self.weight - self.error
+    def reorder(self, index: Tensor, granule_of: list[int]) -> None:
+        """Takes rows in another order.
+
+        Args:
+            index: for each row of the new order, which row it is now.
+            granule_of: of the rows in the new order.
+        """
+        # One after the other, so that no more than one is there twice.
+        self.weight = self.weight[index]
+        self.steps = self.steps[index]
+        self.error = self.error[index]
+        self.granule_of = granule_of
 
 
-def feed_forward(rounding: Rounding, upper: Tensor, importance: Tensor) -> Tensor:
+def feed_forward(
+    rounding: Rounding, feedback: Tensor, diagonal: Tensor, importance: Tensor
+) -> Tensor:
     """Rounds all rows in order.
 
     Factors that are not known are searched when their granule is reached, on weights that have
@@ -123,20 +163,19 @@ def feed_forward(rounding: Rounding, upper: Tensor, importance: Tensor) -> Tenso
 
     Args:
         rounding: the weights; steps, error and factors are filled in.
-        upper: U, the factor of H + damping·I in the order of the rows, [K, K].
+        feedback: Ũᵀ of H + damping·I in the order of the rows, [K, K].
+        diagonal: D^(1/2), [K].
         importance: [K], what a squared error of each row costs in the search for factors.
 
     Returns:
-        (E U)ᵀ, [K, N]: its squared norm is tr(E (H + damping·I) Eᵀ).
+        (E U)ᵀ with U = Ũ D^(1/2), [K, N]: its squared norm is tr(E (H + damping·I) Eᵀ).
     """
-    diagonal = upper.diagonal()
     unknown = {
         start: stop
         for start, stop in granule_spans(rounding.granule_of)
         if rounding.factors[rounding.granule_of[start]] is None
     }
     target = rounding.weight.clone()
-    feedback = torch.div(upper.T, diagonal[:, None], out=torch.empty_like(upper))
     _Feedback(rounding, target, feedback, importance, unknown).run(0, len(target))
     # The rounded row is weight - error, so this is the error in the last target, times D^(1/2).
     return target.sub_(rounding.weight).add_(rounding.error).mul_(diagonal[:, None])

@@ -127,21 +127,24 @@ class PreparedHessian:
         matrix: H + damping·I with 1 on the diagonal of dead columns, float32 [K, K].
         dead: which input channels had no input, bool [K].
         order: of the columns in rounding.
-        upper: U Uᵀ is the matrix in that order; None if it cannot be factorized.
+        feedback: Ũᵀ with Ũ D Ũᵀ the matrix in that order, [K, K]; None if it cannot be
+            factorized.
+        diagonal: D^(1/2), [K].
         damping: what was added to the diagonal.
     """
 
     matrix: Tensor
     dead: Tensor
     order: Tensor
-    upper: Tensor | None
+    feedback: Tensor | None
+    diagonal: Tensor
     damping: float
 
     def loss(self, error: Tensor) -> float:
-        """tr(E H Eᵀ) without damping and dead columns, for an error [K, N]."""
-        alive = error.masked_fill(self.dead[:, None], 0)
-        damped = self.damping * total(alive.square())
-        return max(output_error(alive, self.matrix) - damped, 0.0)
+        """tr(E H Eᵀ) without damping, for an error [K, N] whose dead rows are set to 0."""
+        error[self.dead] = 0
+        damped = self.damping * total(error.square())
+        return max(output_error(error, self.matrix) - damped, 0.0)
 
 
 def prepare(hessian: Tensor, grid: WeightGrid, settings: GptqSettings) -> PreparedHessian:
@@ -164,11 +167,14 @@ def prepare(hessian: Tensor, grid: WeightGrid, settings: GptqSettings) -> Prepar
     dead = matrix.diagonal() <= 0
     matrix[dead, dead] = 1
     order = _column_order(matrix.diagonal(), grid, settings)
-    factorization = factorize(matrix[order[:, None], order], settings.damping)
+    factorization = factorize(matrix, settings.damping, order)
     if factorization is None:
-        return PreparedHessian(matrix, dead, order, None, 0.0)
+        return PreparedHessian(matrix, dead, order, None, matrix.diagonal(), 0.0)
     matrix.diagonal().add_(factorization.damping)
-    return PreparedHessian(matrix, dead, order, factorization.upper, factorization.damping)
+    feedback = factorization.transposed
+    diagonal = feedback.diagonal().clone()
+    feedback.div_(diagonal[:, None])
+    return PreparedHessian(matrix, dead, order, feedback, diagonal, factorization.damping)
 
 
 def solve_prepared(
@@ -197,17 +203,18 @@ def solve_prepared(
     fmt, granularity = grid.fmt, grid.granularity
     params = params_of(weight, fmt, granularity, symmetric=grid.symmetric)
     nearest = fake_quantize(weight.float(), params.scale, params.offset, fmt, granularity)
-    loss_nearest = prepared.loss((aim - nearest).T.contiguous())
+    error = nearest.sub_(aim).T.contiguous()
     del nearest
+    loss_nearest = prepared.loss(error)
+    del error
     dead = int(prepared.dead.sum())
     damping = prepared.damping
     if dead == len(prepared.dead):
         reason = "no input channel had any input"
-    elif prepared.upper is None:
+    elif prepared.feedback is None:
         reason = "the Hessian is not positive definite, however damped"
     else:
-        weight_alive = aim.masked_fill(prepared.dead, 0)
-        rounding, loss = _round(weight_alive, prepared, prepared.upper, grid, settings)
+        rounding, loss = _round(aim, prepared, prepared.feedback, grid, settings)
         if loss <= loss_nearest:
             codes, scale, offset = _quantized(rounding)
             return GptqResult(codes, scale, offset, loss_nearest, loss, damping, dead)
@@ -236,20 +243,21 @@ def _column_order(importance: Tensor, grid: WeightGrid, settings: GptqSettings) 
 def _round(
     aim: Tensor,
     prepared: PreparedHessian,
-    upper: Tensor,
+    feedback: Tensor,
     grid: WeightGrid,
     settings: GptqSettings,
 ) -> tuple[Rounding, float]:
     """The rounded weight, its columns where they were, and its loss without damping.
 
     Args:
-        aim: [N, K], 0 in dead columns.
+        aim: [N, K]; dead columns become 0.
         prepared: the Hessian.
-        upper: its factor.
+        feedback: its factor.
         grid: the numbers that are allowed.
         settings: how to solve.
     """
-    weight = aim.T.contiguous()
+    weight = aim.T.clone(memory_format=torch.contiguous_format)
+    weight[prepared.dead] = 0
     order, matrix = prepared.order, prepared.matrix
     size = grid.group_size(len(weight))
     granule_of = torch.arange(len(weight), device=order.device) // size
@@ -258,17 +266,20 @@ def _round(
     if settings.static_groups:
         groups = zip(weight.split(size), importance.split(size), strict=True)
         factors = [grid.search(rows, weights) for rows, weights in groups]
-    ordered = Rounding(weight[order], grid, granule_of[order].tolist(), factors)
-    output = feed_forward(ordered, upper, importance[order])
-    back = order.argsort()
-    rounding = Rounding(weight, grid, granule_of.tolist(), ordered.factors)
-    rounding.error, rounding.steps = ordered.error[back], ordered.steps[back]
+    weight = weight[order]
+    rounding = Rounding(weight, grid, granule_of[order].tolist(), factors)
+    del weight  # `rounding` has it, and changes it for another
+    output = feed_forward(rounding, feedback, prepared.diagonal, importance[order])
     loss = total(output.square())
+    back = order.argsort()
     if settings.sweeps:
-        gradient = upper_times(upper, output)[back]
+        output = upper_times(feedback.T, output.mul_(prepared.diagonal[:, None]))[back]
+    rounding.reorder(back, granule_of.tolist())
     for left in reversed(range(settings.sweeps)):
-        loss -= sweep(rounding, matrix, gradient, last=not left)
+        loss -= sweep(rounding, matrix, output, last=not left)
     damped = prepared.damping * total(rounding.error.square())
+    # Only the steps are needed from here on, and the memory of the rest is.
+    rounding.weight = rounding.error = rounding.steps.new_empty(0)
     return rounding, max(loss - damped, 0.0)
 
 
@@ -281,7 +292,7 @@ def _quantized(rounding: Rounding) -> tuple[Tensor, Tensor, Tensor | None]:
     if not grid.symmetric:
         offset = torch.stack([f.offset for f in known if f.offset is not None], dim=1)
         sizes = torch.tensor([b - a for a, b in granule_spans(rounding.granule_of)])
-        steps = steps + offset.T.repeat_interleave(sizes.to(steps.device), dim=0)
+        steps.add_(offset.T.repeat_interleave(sizes.to(steps.device), dim=0))
         offset = _by_granularity(offset, grid).int()
     return grid.fmt.encode(steps.T), _by_granularity(scale, grid), offset
 

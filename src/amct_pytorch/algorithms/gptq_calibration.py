@@ -6,11 +6,8 @@ is gathered: one Hessian, one factorization.
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from amct_pytorch.algorithms.gptq import (
     GptqResult,
@@ -21,12 +18,13 @@ from amct_pytorch.algorithms.gptq import (
 )
 from amct_pytorch.algorithms.hessian import CHUNK, Hessian
 from amct_pytorch.algorithms.padding import mask_for
+from amct_pytorch.algorithms.sharing import InputStatistics, note_counted, statistics_for
 from amct_pytorch.algorithms.target_correction import correction
 from amct_pytorch.algorithms.weight_grid import WeightGrid
 from amct_pytorch.errors import CalibrationError
 
 
-class SharedInput:
+class SharedInput(InputStatistics):
     """The statistics of one input tensor and what has been computed from them.
 
     Attributes:
@@ -38,19 +36,28 @@ class SharedInput:
     """
 
     def __init__(self, owner: GptqCalibration, x: Tensor) -> None:
-        self.owner = owner
+        super().__init__(owner)
         self.hessian = Hessian(x.shape[-1], x.device)
         self.crossed: Tensor | None = None
         self.reference_tokens = 0
-        # Computed for the first layer that asks, and outdated by another batch.
+        # Computed for the first layer that asks, and outdated by another batch. The moments are
+        # then in `_mean` alone; what is prepared changes their diagonal, so that is kept.
+        self._mean: tuple[Tensor, Tensor, int] | None = None
         self._prepared: tuple[GptqSettings, int, PreparedHessian] | None = None
         self._correction: tuple[Tensor | None] | None = None
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens have been counted."""
+        return self.hessian.tokens if self._mean is None else self._mean[2]
 
     def add(self, x: Tensor, reference: Tensor | None) -> None:
         """Counts one batch; `reference` is the same input in the float model."""
         mask = mask_for(x)
+        if self._mean is not None:
+            self.hessian.put_back(self.mean(), self._mean[2])
         self.hessian.add(x, mask)
-        self._prepared = self._correction = None
+        self._mean = self._prepared = self._correction = None
         if reference is None:
             return
         seen = x.detach().reshape(-1, x.shape[-1])
@@ -65,13 +72,22 @@ class SharedInput:
             self.crossed.addmm_((plain.float() - rows).T, rows)
         self.reference_tokens += len(seen)
 
+    def mean(self) -> Tensor:
+        """The second moments, float32 [K, K]: the only copy of them."""
+        if self._mean is None:
+            tokens, mean = self.hessian.tokens, self.hessian.take_mean()
+            self._mean = mean, mean.diagonal().clone(), tokens
+        mean, diagonal, _ = self._mean
+        mean.diagonal().copy_(diagonal)
+        return mean
+
     def prepared(self, settings: GptqSettings, grid: WeightGrid) -> PreparedHessian:
         """The factorized Hessian, computed for the first layer that asks."""
         size = grid.group_size(self.hessian.features)
         known = self._prepared
         if known is None or known[:2] != (settings, size):
-            known = (settings, size, prepare(self.hessian.mean(), grid, settings))
-            self._prepared = known
+            known = self._prepared = None  # let go before there are two of them
+            self._prepared = known = settings, size, prepare(self.mean(), grid, settings)
         return known[2]
 
     def target(self, weight: Tensor) -> Tensor | None:
@@ -79,16 +95,13 @@ class SharedInput:
         if self.crossed is None:
             return None
         if self._correction is None:
-            found = correction(self.hessian.mean(), self.crossed)
+            self._prepared = None  # made of the same matrix
+            found = correction(self.mean(), self.crossed)
             if found is not None:
                 found /= max(self.reference_tokens, 1)
             self._correction = (found,)
         (found,) = self._correction
         return None if found is None else torch.addmm(weight.float(), weight.float(), found)
-
-
-# Inputs that live now and the statistics that have counted them.
-_counted: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 class GptqCalibration:
@@ -103,6 +116,7 @@ class GptqCalibration:
         self.name = name
         self.settings = settings
         self.shared: SharedInput | None = None
+        self._batches = 0
 
     def observe(self, x: Tensor, reference: Tensor | None = None) -> None:
         """Counts one batch of the layer's input; tokens under a `padding_mask` do not count.
@@ -119,15 +133,13 @@ class GptqCalibration:
         Raises:
             ArgumentValueError: for a token that counts and is not finite.
         """
-        counted = _counted.get(x)
-        if self.shared is None:
-            self.shared = counted if counted is not None else SharedInput(self, x)
-        if counted is self.shared:
-            return
-        if self.shared.owner is not self:
-            self.shared = copy.deepcopy(self.shared, {id(self.shared.owner): self})
-        self.shared.add(x, reference)
-        _counted[x] = self.shared
+        self.shared, known = statistics_for(
+            x, self._batches, self, self.shared, lambda: SharedInput(self, x)
+        )
+        if not known:
+            self.shared.add(x, reference)
+            note_counted(x, self._batches, self.shared)
+        self._batches += 1
 
     def solve(self, weight: Tensor, grid: WeightGrid) -> GptqResult:
         """The quantized weight; what was gathered is let go.
@@ -140,7 +152,7 @@ class GptqCalibration:
             CalibrationError: if no token has been counted.
         """
         shared, self.shared = self.shared, None
-        if shared is None or not shared.hessian.tokens:
+        if shared is None or not shared.tokens:
             raise CalibrationError(
                 f"{self.name}: no input token was seen in calibration; run batches that reach it"
             )

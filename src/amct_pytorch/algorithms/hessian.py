@@ -30,17 +30,16 @@ class Hessian:
         device: where the matrix is kept; inputs must be there too.
 
     Attributes:
+        features: K.
         tokens: how many tokens have been counted.
     """
 
     def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
         self.tokens = 0
-        self._sum = torch.zeros(features, features, dtype=torch.float64, device=device)
-
-    @property
-    def features(self) -> int:
-        """Size K of the inputs."""
-        return len(self._sum)
+        self.features = features
+        self._device = torch.device(device)
+        # Rows of each strip from the diagonal on, float64; none before the first token.
+        self._strips: list[Tensor] = []
 
     def add(self, x: Tensor, mask: Tensor | None = None) -> None:
         """Counts the tokens of one batch.
@@ -70,7 +69,8 @@ class Hessian:
 
     def merge(self, other: Hessian) -> None:
         """Counts what another one has counted, such as another process's tokens."""
-        self._sum += other._sum.to(self._sum.device)
+        for strip, more in zip(self._begun(), other._begun(), strict=True):
+            strip += more.to(strip.device)
         self.tokens += other.tokens
 
     def mean(self) -> Tensor:
@@ -79,12 +79,31 @@ class Hessian:
         Raises:
             ArgumentValueError: if no token has been counted.
         """
+        return self._mean(list(self._strips))
+
+    def take_mean(self) -> Tensor:
+        """The same; nothing is counted afterwards, and its memory is free."""
+        strips, self._strips = self._strips, []
+        mean = self._mean(strips)
+        self.tokens = 0
+        return mean
+
+    def put_back(self, mean: Tensor, tokens: int) -> None:
+        """Counts again what `take_mean` gave, of that many tokens."""
+        for number, strip in enumerate(self._begun()):
+            start = number * STRIP
+            strip += mean[start : start + len(strip), start:].double() * tokens
+        self.tokens += tokens
+
+    def _mean(self, strips: list[Tensor]) -> Tensor:
+        """Of strips, which are let go one by one."""
         if not self.tokens:
             raise ArgumentValueError("no token has been counted; add at least one batch first")
-        mean = torch.empty(self._sum.shape, device=self._sum.device)
+        mean = torch.empty(self.features, self.features, device=self._device)
+        strips.reverse()
         for start in range(0, self.features, STRIP):
-            stop = start + STRIP
-            strip = (self._sum[start:stop, start:] / self.tokens).float().triu_()
+            strip = (strips.pop() / self.tokens).float().triu_()
+            stop = start + len(strip)
             mean[start:stop, start:] = strip
             mean[start:, start:stop] = strip.T
             # Only upper triangles have been counted: the strip's own square is completed.
@@ -92,11 +111,20 @@ class Hessian:
             mean[start:stop, start:stop] = square + square.triu(1).T
         return mean
 
+    def _begun(self) -> list[Tensor]:
+        """The strips, zeros where nothing has been counted."""
+        if not self._strips:
+            starts = range(0, self.features, STRIP)
+            sizes = [(min(STRIP, self.features - start), self.features - start) for start in starts]
+            self._strips = [
+                torch.zeros(size, dtype=torch.float64, device=self._device) for size in sizes
+            ]
+        return self._strips
+
     def _add_rows(self, rows: Tensor) -> None:
-        for start in range(0, self.features, STRIP):
-            self._sum[start : start + STRIP, start:] += (
-                rows[:, start : start + STRIP].T @ rows[:, start:]
-            )
+        for number, strip in enumerate(self._begun()):
+            start = number * STRIP
+            strip += rows[:, start : start + len(strip)].T @ rows[:, start:]
 
 
 def _selected(mask: Tensor, shape: torch.Size) -> Tensor:

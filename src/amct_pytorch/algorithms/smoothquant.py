@@ -6,7 +6,7 @@ weights multiplied by s_j = max|x_j|^a / max|w_j|^(1-a) for each input channel j
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,13 +73,22 @@ class Smoothing:
     error_asked: float
 
 
+@dataclass(frozen=True)
+class SmoothedLayer:
+    """One of the layers that share an input.
+
+    Attributes:
+        meant: float output for a sample of inputs, without bias, [tokens, N].
+        quantized: gives the output [tokens, N] for the same inputs of the layer quantized with
+            given factors, without bias.
+    """
+
+    meant: Tensor
+    quantized: Callable[[Tensor], Tensor]
+
+
 def choose_strength(
-    input_max: Tensor,
-    weight_max: Tensor,
-    strength: float,
-    tokens: Tensor,
-    weight: Tensor,
-    quantized_output: Callable[[Tensor], Tensor],
+    input_max: Tensor, weight_max: Tensor, strength: float, layers: Sequence[SmoothedLayer]
 ) -> Smoothing:
     """The strength from the one asked for up to 1 with the least output error on a sample.
 
@@ -90,38 +99,36 @@ def choose_strength(
 
     Args:
         input_max: max |x_j| over all calibration data, [K].
-        weight_max: max |w_j|, [K].
+        weight_max: max |w_j| over the output channels of all layers, [K].
         strength: asked for, in [0, 1].
-        tokens: sample of inputs, float32 [tokens, K]; without tokens the strength asked for
-            stays.
-        weight: float [N, K].
-        quantized_output: gives the output [tokens, N] for `tokens` of the layer quantized with
-            given factors, without bias.
+        layers: those that share the input; the mean of their errors decides. If the sample has
+            no token, the strength asked for stays.
     """
     tried = [strength + (1 - strength) * step / (STRENGTHS - 1) for step in range(STRENGTHS)]
-    factors = [smooth_factors(input_max, weight_max, one) for one in dict.fromkeys(tried)]
-    outputs = map(quantized_output, factors)
-    best, error, error_asked = least_relative_error(outputs, tokens @ weight.float().T)
-    return Smoothing(factors[best], tried[best], error, error_asked)
+    tried = list(dict.fromkeys(tried))
+    factors = [smooth_factors(input_max, weight_max, one) for one in tried]
+    found = [relative_errors(map(layer.quantized, factors), layer.meant) for layer in layers]
+    errors = [of_layer for of_layer in found if of_layer]
+    means = [sum(one) / len(errors) for one in zip(*errors, strict=True)] or [0.0]
+    best = min(range(len(means)), key=means.__getitem__)
+    return Smoothing(factors[best], tried[best], means[best], means[0])
 
 
-def least_relative_error(outputs: Iterable[Tensor], meant: Tensor) -> tuple[int, float, float]:
-    """Which of several outputs is nearest, each token's error relative to its own output.
+def relative_errors(outputs: Iterable[Tensor], meant: Tensor) -> list[float]:
+    """How far outputs are from what is meant, each token's error relative to its own output.
 
     Args:
         outputs: [tokens, N] each.
         meant: float output [tokens, N].
 
     Returns:
-        Index of the best, the first one of equals; its mean relative squared error; the first
-        one's. 0 and no errors where no token has an output.
+        Means over tokens of squared error over squared output, one an output; none where no token
+        has an output.
     """
     power = meant.square().sum(1)
     alive = power > 0
     if not bool(alive.any()):
-        return 0, 0.0, 0.0
-    errors = [
+        return []
+    return [
         float(((output - meant).square().sum(1)[alive] / power[alive]).mean()) for output in outputs
     ]
-    best = min(range(len(errors)), key=errors.__getitem__)
-    return best, errors[best], errors[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Annotated, Any, get_args, get_origin
 
@@ -117,4 +118,5 @@ def _nearest_key(
 
 
 def _words(allowed: str) -> list[str]:
-    return [word.strip('",') for word in allowed.split()]
+    """The texts among what is allowed: what stands in quotes, and true and false."""
+    return [*re.findall('"([^"]+)"', allowed), *re.findall(r"\b(?:true|false)\b", allowed)]

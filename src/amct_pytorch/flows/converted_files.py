@@ -25,10 +25,12 @@ from amct_pytorch.flows.arguments import public_call
 from amct_pytorch.low_bit.base_module import BaseQuantizeModule
 from amct_pytorch.low_bit.deploy_conv import LowBitConv2d
 from amct_pytorch.low_bit.deploy_linear import LinearSpec, LowBitLinear
+from amct_pytorch.low_bit.ledger import LowBitLedger
 from amct_pytorch.nn.wrapped import replace_modules
 
 LAYERS_KEY = "amct.low_bit_layers"
 TIED_KEY = "amct.tied"
+LEDGER_KEY = "amct.ledger"
 
 
 @public_call
@@ -37,7 +39,7 @@ def save_converted(model: nn.Module, file: PathLike) -> None:
 
     The file is an ordinary safetensors file with the names of ``model.state_dict()``; tensors
     that several names share are stored once. What the low-bit layers are is in its metadata,
-    so that `load_converted` needs neither the config nor calibration.
+    so that `load_converted` needs neither the config nor calibration; the ledger is there too.
 
     Args:
         model: what `convert` returned.
@@ -74,6 +76,9 @@ def save_converted(model: nn.Module, file: PathLike) -> None:
             # Views of one storage are no sharing that a file could keep.
             tensors[name] = tensor.detach().contiguous().clone()
     metadata = {"format": "pt", LAYERS_KEY: json.dumps(layers), TIED_KEY: json.dumps(tied)}
+    ledger = getattr(model, "amct_ledger", None)
+    if isinstance(ledger, LowBitLedger):
+        metadata[LEDGER_KEY] = ledger.to_json()
     write_whole(file, lambda path: _save(tensors, path, metadata), what="file")
 
 
@@ -100,7 +105,7 @@ def load_converted(model: nn.Module, file: PathLike) -> nn.Module:
         file: written by `save_converted`.
 
     Returns:
-        `model`, on the CPU, in eval mode.
+        `model`, on the CPU, in eval mode, with the ledger it was saved with.
 
     Raises:
         ArgumentTypeError: `model` is not a module.
@@ -136,6 +141,8 @@ def load_converted(model: nn.Module, file: PathLike) -> nn.Module:
     model.load_state_dict(saved.tensors, strict=False, assign=True)
     for name, first in saved.tied.items():
         _tie(model, name, first)
+    if saved.ledger is not None:
+        model.amct_ledger = saved.ledger  # type: ignore[assignment]
     return model.eval()
 
 
@@ -146,6 +153,7 @@ class _Saved:
     tensors: dict[str, Tensor]
     layers: Mapping[str, Mapping[str, Any]]
     tied: Mapping[str, str]
+    ledger: LowBitLedger | None
 
     @classmethod
     def read(cls, file: PathLike) -> _Saved:
@@ -161,15 +169,17 @@ class _Saved:
                     raise ModelError(f"{path}: it was not written by save_converted")
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
             layers, tied = json.loads(metadata[LAYERS_KEY]), json.loads(metadata[TIED_KEY])
+            told = metadata.get(LEDGER_KEY)
+            ledger = None if told is None else LowBitLedger.from_json(told)
             absent = [first for first in tied.values() if first not in tensors]
             if absent:
                 raise KeyError(absent[0])
         except OSError as error:
             reason = error.strerror or str(error)
             raise FileAccessError(f"file: cannot read {str(path)!r}: {reason}") from error
-        except (SafetensorError, ValueError, KeyError) as error:
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise ModelError(f"{path}: it is no sound safetensors file: {error}") from None
-        return cls(tensors, layers, tied)
+        return cls(tensors, layers, tied, ledger)
 
 
 def _check_module(model: object) -> None:

@@ -22,6 +22,7 @@ from amct_pytorch.errors import (
     did_you_mean,
 )
 from amct_pytorch.flows.arguments import public_call
+from amct_pytorch.flows.factor_watch import unwatch_factors, watch_factors
 from amct_pytorch.logs import logger, start_logging
 from amct_pytorch.low_bit.base_module import BaseQuantizeModule
 from amct_pytorch.low_bit.built_in import BUILT_IN
@@ -99,6 +100,7 @@ def quantize(model: nn.Module, config: Mapping[str, Any] | None = None) -> None:
         quantizer.outcome = outcome
         replacements[module] = quantizer
     replace_modules(model, replacements)
+    watch_factors(model)
     model.amct_ledger = ledger  # type: ignore[assignment]
     left = len(ledger.layers) - len(ledger.quantized)
     logger.info("%d layers to quantize, %d left as they are", len(ledger.quantized), left)
@@ -142,6 +144,7 @@ def convert(model: nn.Module) -> nn.Module:
         for text in missing:
             problems.add(text)
         problems.raise_if_any()
+    unwatch_factors(model)
     replacements: dict[nn.Module, nn.Module] = {}
     for name, module in modules.items():
         algorithm = _algorithm_of(module)

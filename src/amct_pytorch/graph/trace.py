@@ -28,9 +28,24 @@ TORCH_PACKAGE = torch.__file__.rsplit("/", 1)[0].rsplit("\\", 1)[0]
 OWN_PACKAGE = str(Path(__file__).parent.parent)
 # Integer operands of at most so many values are kept: indices, permutations.
 SMALL = 1 << 16
-# Through these Python sees a tensor's values.
-LOOKS = frozenset(
-    {"__bool__", "__int__", "__index__", "__float__", "item", "tolist", "numpy", "__array__"}
+# Function of the call that stands for all that a module does: see `Recorder.as_one_call`.
+ONE_CALL = "one call"
+# Functions that give a tensor's numbers to Python or NumPy.
+READING = frozenset(
+    (
+        "item",
+        "tolist",
+        "numpy",
+        "__array__",
+        "__bool__",
+        "__float__",
+        "__int__",
+        "__index__",
+        "__complex__",
+        "equal",
+        "allclose",
+        "is_nonzero",
+    )
 )
 
 
@@ -96,6 +111,7 @@ class Trace:
         from_input: values that depend on the model's inputs.
         parameter_values: value of each parameter or buffer that some call read.
         constants: tensors that modules hold as plain attributes, by value.
+        read_out: values whose numbers left torch.
         untraced: values made where torch functions are not seen, each with the values that
             were alive just before, which it may have been made from.
         dtypes: floating types that results had.
@@ -111,6 +127,7 @@ class Trace:
     from_input: set[int] = field(default_factory=set)
     parameter_values: dict[str, int] = field(default_factory=dict)
     constants: dict[int, Tensor] = field(default_factory=dict)
+    read_out: set[int] = field(default_factory=set)
     untraced: dict[int, frozenset[int]] = field(default_factory=dict)
     dtypes: set[torch.dtype] = field(default_factory=set)
     integers: dict[int, Tensor] = field(default_factory=dict)
@@ -141,8 +158,12 @@ class Trace:
         return (op for op in self.ops if path in op.scopes)
 
 
-class _Recorder(TorchFunctionMode):
-    """Writes every torch function call into a `Trace`."""
+class Recorder(TorchFunctionMode):
+    """Writes every torch function call into a `Trace`, while it is entered.
+
+    Args:
+        model: whose parameters and buffers are known by name.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -151,6 +172,7 @@ class _Recorder(TorchFunctionMode):
         self._values: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._alive: frozenset[int] = frozenset()
         self._next_value = 0
+        self._hidden = False
         named = [*model.named_parameters(), *model.named_buffers()]
         # The model keeps these alive, so that their ids are theirs.
         self._parameters = {id(tensor): name for name, tensor in named}
@@ -159,13 +181,29 @@ class _Recorder(TorchFunctionMode):
         self._attributes = {id(value): value for value in held if isinstance(value, Tensor)}
 
     def name_inputs(self, inputs: ModelInputs) -> None:
+        """Notes what the model was called with."""
         tensors = tensors_in((inputs.args, inputs.kwargs))
         self.trace.inputs = tuple(self._renew(tensor) for tensor in tensors)
         self.trace.from_input.update(self.trace.inputs)
         self._alive = frozenset(self._values.values())
 
     def name_outputs(self, outputs: Any) -> None:
+        """Notes what the model returned."""
         self.trace.outputs = tuple(self._value(tensor) for tensor in tensors_in(outputs))
+
+    def as_one_call(self, name: str, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """Runs a function and writes it down as one call `ONE_CALL` in the scope `name`."""
+        before, self._hidden = self._hidden, True
+        try:
+            y = function(x)
+        finally:
+            self._hidden = before
+        if not self._hidden:
+            operand = self._operand(x)
+            index, outputs = len(self.trace.ops), (self._renew(y),)
+            call = OpCall(index, ONE_CALL, (name,), (operand.value,), outputs, (operand,), {})
+            self.trace.ops.append(call)
+        return y
 
     def _renew(self, tensor: Tensor) -> int:
         value, self._next_value = self._next_value, self._next_value + 1
@@ -212,6 +250,8 @@ class _Recorder(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self._hidden:
+            return func(*args, **kwargs)
         sources = list(tensors_in((args, kwargs)))
         inputs = tuple(self._value(tensor) for tensor in sources)
         operands = tuple(self._operand(arg) for arg in args)
@@ -219,6 +259,8 @@ class _Recorder(TorchFunctionMode):
         result = func(*args, **kwargs)
         name = getattr(func, "__name__", str(func))
         changed = list(tensors_in(result))
+        if name in READING:
+            self.trace.read_out.update(inputs)
         if name == "__setitem__":
             changed.append(sources[0])
         if changed:
@@ -233,7 +275,7 @@ class _Recorder(TorchFunctionMode):
                 OpCall(index, name, scopes, inputs, outputs, operands, named, func, shapes, _site())
             )
             self._alive = frozenset(self._values.values())
-        elif name in LOOKS and any(value in self.trace.from_input for value in inputs):
+        elif name in READING and any(value in self.trace.from_input for value in inputs):
             self.trace.decisions.append((len(self.trace.ops), tuple(self.scopes)))
         return result
 
@@ -250,7 +292,7 @@ def _site() -> str:
 
 
 @contextmanager
-def _scopes_watched(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
+def _scopes_watched(model: nn.Module, recorder: Recorder) -> Iterator[None]:
     """Keeps the recorder's stack of running modules while the model runs."""
     handles = []
     for path, module in model.named_modules():
@@ -320,7 +362,7 @@ def trace_forward(model: nn.Module, inputs: ModelInputs) -> Trace:
 
 def trace_until(model: nn.Module, inputs: ModelInputs) -> tuple[Trace, Exception | None]:
     """As `trace_forward`: what a model did until it was done or raised, and what it raised."""
-    recorder = _Recorder(model)
+    recorder = Recorder(model)
     inputs = inputs.copied()
     recorder.name_inputs(inputs)
     try:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import Annotated
 
+import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from amct_pytorch.algorithms.awq import AwqSettings, solve_awq
+from amct_pytorch.algorithms.awq import AwqSettings, choose_input_scale, quantize_scaled
 from amct_pytorch.algorithms.hessian import Hessian
 from amct_pytorch.algorithms.padding import unpadded
+from amct_pytorch.algorithms.sharing import InputStatistics
 from amct_pytorch.algorithms.weight_grid import WeightGrid
 from amct_pytorch.config.models import Strict
 from amct_pytorch.errors import CalibrationError
-from amct_pytorch.low_bit.linear import LinearQuantizeModule
+from amct_pytorch.low_bit.balanced import Balance, BalancedLinear, TiedChannels
 from amct_pytorch.low_bit.solution import LinearSolution, QuantizedTensor
 
 
@@ -24,59 +26,85 @@ class AwqOptions(Strict):
     grids_num: Annotated[int, Field(ge=1, description="an integer from 1, default 20")] = 20
 
 
-class AwqLinear(LinearQuantizeModule):
-    """Linear by AWQ: second moments and mean magnitudes of all tokens, then the search.
+class AwqStatistics(InputStatistics):
+    """Of one input: second moments and sums of magnitudes over all tokens.
 
-    Each layer has input factors of its own, also where layers share an input: they are applied
-    at the layer's input, so that each can have those that serve it best.
+    Attributes:
+        moments: E[x xᵀ].
+        sum_abs: Σ|x|, float32 [K].
     """
+
+    def __init__(self, owner: object, features: int, device: torch.device) -> None:
+        super().__init__(owner)
+        self.moments = Hessian(features, device)
+        self.sum_abs = torch.zeros(features, device=device)
+        self._mean: Tensor | None = None
+
+    def add(self, rows: Tensor) -> None:
+        """Counts tokens [tokens, K]."""
+        self._mean = None
+        self.moments.add(rows)
+        self.sum_abs += rows.float().abs().sum(0)
+
+    def mean(self) -> Tensor:
+        """E[x xᵀ], float32 [K, K], computed once."""
+        if self._mean is None:
+            self._mean = self.moments.mean()
+        return self._mean
+
+
+class AwqLinear(BalancedLinear[AwqStatistics]):
+    """Linear by AWQ: second moments and mean magnitudes of all tokens, then the search."""
 
     Options = AwqOptions
 
-    def __init__(
-        self, ori_module: nn.Module, layer_name: str, quant_config: Mapping[str, Any]
-    ) -> None:
-        super().__init__(ori_module, layer_name, quant_config)
-        self._moments: Hessian | None = None
-        self._sum_abs: Tensor | None = None
-
-    def observe(self, x: Tensor) -> None:
-        """Counts one batch; tokens under a `padding_mask` do not count."""
-        rows = unpadded(x)
-        if self._moments is None:
-            self._moments = Hessian(self.in_features, x.device)
-        self._moments.add(rows)
-        sums = rows.float().abs().sum(0)
-        self._sum_abs = sums if self._sum_abs is None else self._sum_abs + sums
-
-    def solve(self) -> LinearSolution:
-        """The layer with the input factors and ranges of least output error."""
-        moments, sum_abs = self._moments, self._sum_abs
-        self._moments = self._sum_abs = None
-        if moments is None or sum_abs is None or not moments.tokens:
-            raise CalibrationError(
-                f"{self.layer_name}: no input token was seen in calibration; run batches that "
-                "reach it"
-            )
+    @property
+    def grid(self) -> WeightGrid:
+        """The numbers that the weight may take."""
         weights = self.request.weights
-        grid = WeightGrid(weights.format, weights.granularity, weights.symmetric)
-        options = AwqOptions.model_validate(self.request.options)
-        result = solve_awq(
-            [self.weight],
-            moments.mean(),
-            sum_abs / moments.tokens,
-            grid,
+        return WeightGrid(weights.format, weights.granularity, weights.symmetric)
+
+    def new_statistics(self, x: Tensor) -> AwqStatistics:
+        """Nothing counted."""
+        return AwqStatistics(self, self.in_features, x.device)
+
+    def count(self, statistics: AwqStatistics, x: Tensor) -> None:
+        """Counts one batch."""
+        statistics.add(unpadded(x))
+
+    @classmethod
+    def choose(cls, layers: Sequence[AwqLinear], tied: TiedChannels) -> Balance:
+        """The exponent of least output error of all layers together."""
+        found = layers[0].counted()
+        tokens = found.moments.tokens
+        if not tokens:
+            raise CalibrationError(
+                f"{layers[0].layer_name}: no input token was seen in calibration (0 tokens); run "
+                "batches that reach it"
+            )
+        options = AwqOptions.model_validate(layers[0].request.options)
+        chosen = choose_input_scale(
+            [layer.float_weight for layer in layers],
+            found.mean(),
+            tied.mean(found.sum_abs / tokens),
+            [layer.grid for layer in layers],
             AwqSettings(options.grids_num),
         )
-        layer = result.layers[0]
-        factors = result.input_scale
+        return Balance(chosen.scale if chosen.alpha else None, (f"exponent {chosen.alpha:.2f}",))
+
+    def solve_with(self, factors: Tensor) -> LinearSolution:
+        """Narrowed ranges, and weights to the nearest."""
+        weights, weight = self.request.weights, self.float_weight
+        moments = self.counted().mean()
+        ones = torch.ones_like(factors)
+        nearest = quantize_scaled(weight, moments, ones, self.grid, AwqSettings(clip=False)).loss
+        layer = quantize_scaled(weight, moments, factors, self.grid)
         quantized = QuantizedTensor.nearest(
-            self.weight.float() * factors,
+            weight * factors,
             weights.format,
             weights.granularity,
             scale=layer.params.scale,
             offset=layer.params.offset,
         )
-        share = layer.loss / layer.loss_nearest if layer.loss_nearest else 1.0
-        notes = (f"exponent {result.alpha:.2f}, output error {share:.2f} of nearest rounding's",)
-        return LinearSolution(quantized, None, factors if result.alpha else None, notes=notes)
+        share = layer.loss / nearest if nearest else 1.0
+        return LinearSolution(quantized, notes=(f"output error {share:.2f} of nearest rounding's",))

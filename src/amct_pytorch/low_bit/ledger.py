@@ -24,8 +24,9 @@ class LayerOutcome:
         inputs: the same of the inputs; None: not quantized.
         float_bytes: size of weight and bias before.
         stored_bytes: size of weight, scales and bias after.
-        sqnr_db: of the layer's output on the last calibration batch, quantized against float
-            with the same input; None before it was measured, and without any error.
+        sqnr_db: of the layer's output on the last calibration batch, or some of its tokens,
+            quantized against float with the same input; None before it was measured, and without
+            any error.
         cosine: cosine of the two outputs.
         notes: whatever was clipped, damped, fell back or is limited elsewhere.
     """
@@ -69,7 +70,7 @@ class LowBitLedger:
     """Every layer with weights, in module order; `print` shows one a line.
 
     `quantize` leaves it on the model as ``model.amct_ledger``; calibration and `convert` add to
-    it.
+    it, `save_converted` and `load_converted` keep it.
     """
 
     layers: list[LayerOutcome] = field(default_factory=list)
@@ -82,6 +83,15 @@ class LowBitLedger:
     def to_json(self, indent: int | None = None) -> str:
         """JSON text of all entries."""
         return json.dumps(dataclasses.asdict(self), indent=indent, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> LowBitLedger:
+        """The inverse of `to_json`.
+
+        Raises:
+            ValueError, TypeError, KeyError: the text is no such ledger.
+        """
+        return cls([LayerOutcome(**layer) for layer in json.loads(text)["layers"]])
 
     def __str__(self) -> str:
         return "\n".join(str(layer) for layer in self.layers)

@@ -119,20 +119,27 @@ class LinearQuantizeModule(BaseQuantizeModule):
         if self.in_last_batch and self.quantized_at_once:
             with torch.no_grad():
                 self.observe(x)
-                tokens = _some_tokens(x)
+                tokens = some_tokens(x)
                 simulated: Tensor = self._finish(tokens, self.ori_module(tokens))(x)
                 return simulated
         y: Tensor = self.ori_module(x)
         with torch.no_grad():
             self.observe(x)
             if self.in_last_batch:
-                self._finish(x.detach(), y.detach())
+                self.complete(x.detach(), y.detach())
         return y
+
+    def complete(self, x: Tensor, y: Tensor) -> None:
+        """Called in the last batch, with its input and output, after `observe`."""
+        self._finish(x, y)
 
     def _finish(self, x: Tensor, y: Tensor) -> LowBitLinear | LowBitConv2d:
         """Solves, and measures what that did to the output of the last batch."""
+        return self.take(self.solve(), x, y)
+
+    def take(self, solution: LinearSolution, x: Tensor, y: Tensor) -> LowBitLinear | LowBitConv2d:
+        """Becomes the quantized layer of a solution; `y` is what it should give for `x`."""
         assert self.ori_module is not None
-        solution = self.solve()
         self.scale_w, self.offset_w = solution.weight.scale, solution.weight.offset
         if solution.inputs is not None:
             self.scale_d, self.offset_d = solution.inputs.scale, solution.inputs.offset
@@ -156,7 +163,7 @@ class LinearQuantizeModule(BaseQuantizeModule):
         )
 
 
-def _some_tokens(x: Tensor) -> Tensor:
-    """At most 2 * MEASURED_TOKENS tokens of inputs [..., K] at even distances, [tokens, K]."""
+def some_tokens(x: Tensor, number: int = MEASURED_TOKENS) -> Tensor:
+    """At most twice that `number` of tokens of inputs [..., K] at even distances, [tokens, K]."""
     tokens = x.detach().reshape(-1, x.shape[-1])
-    return tokens[:: max(1, len(tokens) // MEASURED_TOKENS)]
+    return tokens[:: max(1, len(tokens) // number)]

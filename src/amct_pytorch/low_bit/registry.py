@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from pydantic import BaseModel
 from torch import nn
 
-from amct_pytorch.errors import ArgumentTypeError, ArgumentValueError
+from amct_pytorch.errors import ArgumentTypeError, ArgumentValueError, did_you_mean
 from amct_pytorch.logs import logger
 from amct_pytorch.low_bit.base_module import BaseQuantizeModule
 
@@ -65,6 +66,16 @@ class Registry:
             raise ArgumentTypeError(
                 f"deploy_op is {deploy_op!r}; allowed are a subclass of torch.nn.Module and None"
             )
+        if not hasattr(nn, src_op):
+            layers = [one for one in vars(nn) if one[0].isupper()]
+            # One or two letters apart. The Conv1D of transformers is a class of its own.
+            close = difflib.get_close_matches(src_op, layers, n=1, cutoff=0.8)
+            if close and close[0].lower() != src_op.lower():
+                logger.warning(
+                    "src_op %r of algorithm %r is no layer class of torch.nn%s; only layers of a "
+                    "class of yours with that very name will be replaced",
+                    src_op, name, did_you_mean(src_op, close),
+                )  # fmt: skip
         key = (name, src_op)
         known = self._algorithms.get(key)
         if known is not None:

@@ -10,7 +10,10 @@ from torch import nn
 
 
 class StopForward(Exception):
-    """Ends a forward pass that has done what it was for."""
+    """Ends a forward pass that has done what it was for.
+
+    Its arguments are what the pass has left behind: the output of the module it ended at.
+    """
 
 
 def call(model: nn.Module, batch: Any) -> Any:
@@ -60,7 +63,7 @@ def stopped_after(module: nn.Module, keep: Callable[[Any], object]) -> Iterator[
 
     def stop(_: nn.Module, __: Any, output: Any) -> None:
         keep(output)
-        raise StopForward
+        raise StopForward(output)
 
     handle = module.register_forward_hook(stop)
     try:
