@@ -125,6 +125,7 @@ def peer(_: Path) -> dict[str, Any]:
     (contender,) = (one for one in PEERS if one.name == "mct")
     result = run_once(contender, prepare(), evaluate=True)
     if "left_out" in result:
+        print(result)
         return result
     model, heldout = efficientnet_lite0(), heldout_crops()
     with torch.no_grad():
