@@ -9,7 +9,6 @@ from contract import Job
 from plain_network import plain
 from real_models import efficientnet_lite0
 
-
 # MCT only has to find torchvision: a build for CUDA will do, whose operators do not load and could
 # not be described.
 sys.modules["torchvision._meta_registrations"] = ModuleType("torchvision._meta_registrations")

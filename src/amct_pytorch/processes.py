@@ -69,15 +69,14 @@ def in_one_process(function: Callable[[], T], which: int) -> T:
 
 
 def _packed_result(value: Any, error: Exception | None) -> bytes:
-    """Both, pickled; an error that cannot be is told in another one's words."""
-    try:
-        packed = _packed((value, error))
-        pickle.loads(packed)
-    except Exception as failed:
-        # The others wait for an answer, whatever it is.
-        told = failed if error is None else error
-        return _packed((None, RuntimeError(f"{type(told).__name__}: {told}")))
-    return packed
+    """Both, pickled; an error that does not come out again is told in another one's words."""
+    if error is not None:
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:
+            # The others wait for an answer, whatever it is.
+            error = RuntimeError(f"{type(error).__name__}: {error}")
+    return _packed((value, error))
 
 
 def _packed(value: Any) -> bytes:

@@ -88,7 +88,7 @@ def test_the_reference_is_the_first_model_and_never_another(tmp_path):
     torch.manual_seed(0)
     model, other = nn.Linear(8, 5), nn.Linear(8, 5)
     evaluator.evaluate(model)
-    with pytest.raises(CalibrationError, match="iterations is 2, and the first model .* on 1; "):
+    with pytest.raises(CalibrationError, match=r"iterations is 2, and the first model .* on 1; "):
         evaluator.evaluate(other, 2)
     assert evaluator.evaluate(model, 3) == 1.0  # the same one, on more batches
     assert evaluator.evaluate(other, 3) < 0.9

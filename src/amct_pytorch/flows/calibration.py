@@ -23,7 +23,7 @@ from amct_pytorch.graph.trace import where_it_failed
 from amct_pytorch.logs import logger
 from amct_pytorch.memory import release_memory
 from amct_pytorch.nn.calibrate import Check, LayerErrors, Observe, corrected_bias
-from amct_pytorch.nn.reconstruct import ADA_KINDS, FloatRows, Reconstruct, Reconstruction
+from amct_pytorch.nn.reconstruct import FloatRows, Reconstruct, Reconstruction
 from amct_pytorch.nn.simulate import IntegerOperands, Simulate, integer_bias
 from amct_pytorch.nn.wrapped import compressed_layers
 from amct_pytorch.observers.statistics import LayerStatistics
@@ -154,7 +154,7 @@ class Calibration:
         self._ada = {
             name: settings
             for name, settings in ada_settings(config).items()
-            if self._layers[name].kind.name in ADA_KINDS
+            if self._layers[name].kind.ada
         }
         learned = {name: self._layers[name] for name in self._ada}
         self._rows = FloatRows(learned, config.batch_num) if learned else None

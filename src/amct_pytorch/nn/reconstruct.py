@@ -41,7 +41,6 @@ ROW_BYTES = 2**26
 MOST_ROWS, FEWEST_ROWS = 8192, 512
 # Of the inputs of one layer, for all passes that wait at it; what is more is set aside on disk.
 WAITING_BYTES = 2**30
-ADA_KINDS = frozenset({"Linear", "Conv2d", "ConvTranspose2d"})
 # The product of matrices and the layer's own call differ by float32 rounding.
 SAME = 1e-3
 
