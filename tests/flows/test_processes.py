@@ -111,6 +111,35 @@ def test_two_processes_write_what_one_does(
     torch.testing.assert_close(results[0], torch.load("1/y0.pt"), atol=1e-3, rtol=1e-3)
 
 
+BRANCHES = """
+class Branches(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.small, self.large = torch.nn.Linear(48, 8), torch.nn.Linear(48, 8)
+        self.last = torch.nn.Linear(8, 4)
+    def forward(self, x):
+        x = x.flatten(1)[:, :48]
+        x = self.large(x) if float(x.std()) > 1.5 else self.small(x)
+        return self.last(torch.relu(x))
+model = Branches().eval()
+"""
+
+
+def test_layers_that_ran_in_one_process_only_are_corrected_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = SCRIPT.format(tests=str(HERE.parent), name="chain", batches=2)
+    code = code.replace("rank, world = 0, 1", BRANCHES + "rank, world = 0, 1")
+    # The example and the first process's batch take the small way, the last batch the large one.
+    launch(code, 1, 0)
+    launch(code, 2, free_port())
+    one, two = (onnx.load(f"{world}/m.onnx") for world in (1, 2))
+    tensors = {t.name: numpy_helper.to_array(t) for t in one.graph.initializer}
+    for tensor in two.graph.initializer:
+        assert np.allclose(numpy_helper.to_array(tensor), tensors[tensor.name], atol=1e-5)
+
+
 BALANCE = """
 import json
 document = json.load(open(f"{folder}/c.json"))

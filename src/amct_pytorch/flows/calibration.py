@@ -268,13 +268,17 @@ class Calibration:
         """
         last = (self._config.batch_num - 1) % world_size()
         if world_size() > 1:
-            everyone = gathered(self._observe.statistics)
-            merged = everyone[0]
+            calls = {n: call.without_operands() for n, call in self._observe.calls.items()}
+            everyone = gathered((self._observe.statistics, calls))
+            merged, _ = everyone[0]
             for name, statistics in merged.items():
-                for other in everyone[1:]:
+                for other, _ in everyone[1:]:
                     statistics.merge(other[name])
-                statistics.output = everyone[last][name].output
+                statistics.output = everyone[last][0][name].output
             self._observe.statistics = merged
+            # A layer may have run in another process only.
+            for _, others in everyone:
+                self._observe.calls = others | self._observe.calls
         found = in_one_process(lambda: self._found(float_outputs), last)
         if rank() == last:
             return found.result
