@@ -117,7 +117,7 @@ def identity_of(
         values = tensor.detach().cpu().contiguous().flatten()
         digest.update(f"\0{name}\0{values.dtype}\0{tuple(tensor.shape)}\0".encode())
         if values.numel():
-            digest.update(memoryview(values.view(torch.uint8).numpy()))
+            digest.update(values.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
