@@ -19,7 +19,7 @@ from amct_pytorch.algorithms.unit_range import best_range, quantized
 from amct_pytorch.formats import IntFormat
 from amct_pytorch.graph.activations import Activation
 from amct_pytorch.graph.look import copy_sharing_weights
-from amct_pytorch.graph.tensors import ModelInputs
+from amct_pytorch.graph.tensors import ModelInputs, without_autocast
 from amct_pytorch.logs import logger
 from amct_pytorch.nn.intercept import LayerCall
 from amct_pytorch.nn.lockstep import Lockstep
@@ -162,6 +162,12 @@ class _Walk(Stage):
         return self._operands[layer.name].run(layer, call)
 
     def _bring(self, layer: CompressedLayer, call: LayerCall) -> _Rows:
+        with without_autocast(call.x.device.type):
+            brought = self._brought(layer, call)
+        self._rows.set_aside(call.x)
+        return brought
+
+    def _brought(self, layer: CompressedLayer, call: LayerCall) -> _Rows:
         positions, targets = self._rows.of(layer.name, self._batch)
         raw = input_rows(layer, call, call.x, positions).float()
         follows = True
@@ -177,7 +183,6 @@ class _Walk(Stage):
             meant = output_rows(sums, positions, layer.kind.channel_axis)
             allowed = SAME * float(meant.abs().max())
             follows = bool(((product - meant).abs() <= allowed).all())
-        self._rows.set_aside(call.x)
         return _Rows(raw, targets.to(raw.device), follows)
 
 
@@ -245,7 +250,8 @@ class Reconstruct:
         layer, factors = self._layers[name], self._factors[name]
         rounded = None
         if all(rows.follows for rows in brought):
-            rounded = self._rounded(layer, factors, brought)
+            with without_autocast(layer.weight.device.type):
+                rounded = self._rounded(layer, factors, brought)
         else:
             logger.warning("%s: its call cannot be followed by ADA; rounded to nearest", name)
         self.results[name] = Reconstruction(rounded, time.perf_counter() - started)
