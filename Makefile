@@ -23,8 +23,8 @@ PY_DIRS := $(wildcard src tests examples benchmarks docs)
 .DEFAULT_GOAL := help
 .PHONY: help env test fuzz lint format types docs proto demo bench bench-peers bench-table \
   bench-decomposition bench-finetune bench-flow bench-gptq bench-super-resolution bench-decode \
-  bench-low-bit-peers bench-pruning bench-best bench-distillation bench-qat-flow real-models \
-  kv-cache language-model clean distclean
+  bench-low-bit-peers bench-pruning bench-best bench-distillation bench-qat-flow bench-search \
+  real-models kv-cache language-model clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -44,6 +44,7 @@ help:
 	@echo "make bench-best   ADA on EfficientNet-Lite0 and DMQ on MiniLM, beside the default settings"
 	@echo "make bench-distillation    EfficientNet-Lite0 distilled block by block"
 	@echo "make bench-qat-flow    training with quantization: accuracy, step, memory (an hour)"
+	@echo "make bench-search auto calibration on EfficientNet-Lite0: trials, a kill in between"
 	@echo "make bench-gptq   one GPTQ layer against the textbook loop; SmolLM2-135M from end to end"
 	@echo "make bench-low-bit-peers    SmolLM2-135M in int4 beside the tools that are installed"
 	@echo "make bench-decode  SmolLM2-135M generating text with low-bit weights: speed, memory"
@@ -181,6 +182,9 @@ bench-qat-flow: env
 	$(BIN)/python benchmarks/qat_flow.py lite0
 	$(BIN)/python benchmarks/qat_flow.py fashion
 	$(BIN)/python benchmarks/qat_flow.py processes
+
+bench-search: env
+	$(BIN)/python benchmarks/auto_search.py
 
 bench-super-resolution: env
 	$(PIP) install --quiet --no-deps --requirement examples/requirements-decomposition.txt

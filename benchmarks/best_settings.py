@@ -1,10 +1,11 @@
 """What the settings beyond the default reach: ADA on EfficientNet-Lite0, DMQ on MiniLM.
 
-    python benchmarks/best_settings.py [vision] [text]
+    python benchmarks/best_settings.py [vision] [peer] [text]
 
 Vision: calibration on 32 crops of 8 photos, SQNR of logits and top-1 agreement with float on 192
 crops of 12 other photos, for 8- and 4-bit weights (4-bit where they can be packed: depthwise
-convolutions and the stem keep 8), with ADA's time. Text: Pearson correlation of document
+convolutions and the stem keep 8), with ADA's time. Peer: Sony MCT on the same crops, where
+`python benchmarks/peers.py install mct` has been. Text: Pearson correlation of document
 similarity with people's, with one channel of a residual stream made 50 times larger (and the
 weights behind it smaller), with and without balancing. Results go to
 `results/best_settings.json`.
@@ -113,6 +114,34 @@ def vision(folder: Path) -> dict[str, Any]:
     return found
 
 
+def peer(_: Path) -> dict[str, Any]:
+    """Sony MCT, in a process of its own, judged by the same function on the same crops."""
+    import numpy as np
+    from fidelity import compare
+    from peers import PEERS
+    from real_models import efficientnet_lite0, heldout_crops
+    from run import WORK, prepare, run_once
+
+    (contender,) = (one for one in PEERS if one.name == "mct")
+    result = run_once(contender, prepare(), evaluate=True)
+    if "left_out" in result:
+        print(result)
+        return result
+    model, heldout = efficientnet_lite0(), heldout_crops()
+    with torch.no_grad():
+        wanted = torch.cat([model(part) for part in heldout.images.split(16)])
+    with np.load(WORK / contender.name / "logits.npz") as arrays:
+        fidelity = compare(wanted.numpy(), arrays["simulated"], heldout.labels.numpy())
+    found = {
+        "packages": result["packages"],
+        "sqnr_db": fidelity.sqnr_db,
+        "agreement": fidelity.agreement,
+        "phases": result["phases"],
+    }
+    print(found)
+    return found
+
+
 def ada_notes(folder: Path) -> dict[str, str]:
     """What the ledger says of ADA, by layer."""
     amct.save_model(folder / "m.onnx", folder / "record.txt", folder / "net")
@@ -184,14 +213,15 @@ def text(folder: Path) -> dict[str, Any]:
 def main() -> None:
     """Runs what is asked for and adds it to the file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="*", default=["vision", "text"])
+    parser.add_argument("what", nargs="*", default=["vision", "peer", "text"])
     torch.set_num_threads(1)
-    document = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for what in parser.parse_args().what:
         with tempfile.TemporaryDirectory() as folder:
-            document[what] = {"vision": vision, "text": text}[what](Path(folder))
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(document, indent=1) + "\n")
+            found = {"vision": vision, "peer": peer, "text": text}[what](Path(folder))
+        document = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        document[what] = found
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,13 @@ ENVIRONMENTS: dict[str, list[list[str]]] = {
     "nncf": [["nncf==3.4.0", "onnx", ONNXRUNTIME]],
     "quanto": [[TORCH], ["optimum-quanto==0.2.7"], NETWORK],
     "torchao": [[TORCH], ["torchao==0.18.0", "onnx", "onnxscript", ONNXRUNTIME], NETWORK],
-    "mct": [[TORCH], ["model-compression-toolkit==2.6.1"], NETWORK],
+    # Its requirement edge-mdt-cl needs torchvision without naming it; this one is of torch 2.13.
+    "mct": [
+        [TORCH],
+        ["model-compression-toolkit==2.6.1"],
+        ["--no-deps", "torchvision==0.28.0"],
+        NETWORK,
+    ],
     # ModelOpt's onnx extra asks for GPU builds; these are the parts of it that a CPU needs, and
     # the two packages that it imports without naming them.
     "modelopt": [

@@ -32,13 +32,13 @@ def _many() -> bool:
 def gathered(value: T) -> list[T]:
     """The value of every process, in the order of their ranks; all processes call this.
 
-    Tensors arrive on the CPU, except for one's own value, which is `value` itself.
+    Tensors arrive on the CPU, in one's own value too: what is merged has to be in one place.
     """
     if world_size() == 1:
         return [value]
     packed: list[Any] = [None] * world_size()
     dist.all_gather_object(packed, _packed(value))
-    return [value if i == rank() else pickle.loads(data) for i, data in enumerate(packed)]
+    return [pickle.loads(data) for data in packed]
 
 
 def in_one_process(function: Callable[[], T], which: int) -> T:
@@ -58,7 +58,7 @@ def in_one_process(function: Callable[[], T], which: int) -> T:
             value = function()
         except Exception as raised:
             error = raised
-    box: list[Any] = [_packed((value, error)) if rank() == which else None]
+    box: list[Any] = [_packed_result(value, error) if rank() == which else None]
     dist.broadcast_object_list(box, src=which)
     if rank() != which:
         value, error = pickle.loads(box[0])
@@ -66,6 +66,17 @@ def in_one_process(function: Callable[[], T], which: int) -> T:
         raise error
     result: T = value
     return result
+
+
+def _packed_result(value: Any, error: Exception | None) -> bytes:
+    """Both, pickled; an error that does not come out again is told in another one's words."""
+    if error is not None:
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:
+            # The others wait for an answer, whatever it is.
+            error = RuntimeError(f"{type(error).__name__}: {error}")
+    return _packed((value, error))
 
 
 def _packed(value: Any) -> bytes:

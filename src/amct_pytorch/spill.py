@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from amct_pytorch.graph.tensors import ModelInputs, map_tensors
 from amct_pytorch.logs import logger
 
 
@@ -53,3 +54,51 @@ class Spill:
         with contextlib.suppress(OSError):
             path.unlink()
         return mapped.view(tensor.shape)
+
+    def set_aside(self, tensor: Tensor) -> None:
+        """Gives a tensor the memory of a file in place of its own, which is let go.
+
+        It has the same values, shape and strides as before. Left as they are: tensors on other
+        devices, subclasses, and those whose values do not fill their memory. Other tensors that
+        share its memory keep that, and see no later change of this one in place.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        if type(tensor) is not Tensor or tensor.device.type != "cpu" or not tensor.numel():
+            return
+        order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+        in_order = tensor.permute(order)
+        if not in_order.is_contiguous():
+            return
+        kept = self.keep(in_order)
+        tensor.set_(kept.untyped_storage(), 0, tensor.shape, tensor.stride())
+
+
+class KeptInputs:
+    """Arguments of a forward call, kept for another one.
+
+    Args:
+        inputs: the arguments.
+        spill: where their tensors go.
+
+    Raises:
+        OSError: the disk is full.
+    """
+
+    def __init__(self, inputs: ModelInputs, spill: Spill) -> None:
+        self._devices: list[torch.device] = []
+
+        def keep(tensor: Tensor) -> Tensor:
+            self._devices.append(tensor.device)
+            return spill.keep(tensor)
+
+        self._args, self._kwargs = map_tensors((inputs.args, inputs.kwargs), keep)
+
+    def taken(self) -> ModelInputs:
+        """The arguments, each tensor a copy where it was."""
+        places = iter(self._devices)
+        args, kwargs = map_tensors(
+            (self._args, self._kwargs), lambda tensor: tensor.clone().to(next(places))
+        )
+        return ModelInputs(args, kwargs)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 import torch
 from torch import nn
@@ -17,10 +18,12 @@ import amct_pytorch as amct
 from amct_pytorch.common.auto_calibration import (
     AutoCalibrationEvaluatorBase,
     AutoCalibrationStrategyBase,
+    CosineSimilaritySensitivity,
     SensitivityBase,
 )
 from amct_pytorch.errors import ArgumentTypeError, ArgumentValueError, CalibrationError
 from amct_pytorch.observers.statistics import Agreement
+from amct_pytorch.record.record_file import read_record
 
 HERE = Path(__file__).parent
 STEM = "accuracy_based_auto_calibration"
@@ -136,9 +139,11 @@ def test_sensitive_layers_go_back_to_float_until_it_is_good_enough():
     evaluator = Evaluator(plain + 6)
     model = network()
     before = {name: value.clone() for name, value in model.state_dict().items()}
+    as_given = Path("config.json").read_bytes()
     search(evaluator, model)
     given = json.loads(Path("config.json").read_text())
     final = read("final_config")
+    assert Path("config.json").read_bytes() == as_given
     rolled_back = {name for name in given if isinstance(given[name], dict)
                    and given[name]["quant_enable"] and not final[name]["quant_enable"]}  # fmt: skip
     assert rolled_back == set(BAD)
@@ -161,12 +166,27 @@ def test_sensitive_layers_go_back_to_float_until_it_is_good_enough():
     found = Agreement.between(evaluator.outputs(evaluator.net), deployed).sqnr_db
     # Float operators between the layers round differently in torch and ONNX Runtime.
     assert found == pytest.approx(accepted[0]["metric"], abs=0.05)
+    fake = ort.InferenceSession("out/net_fake_quant_model.onnx")
+    simulated = evaluator.outputs(lambda x: fake.run(None, {"x": x.numpy()})[0])
+    found = Agreement.between(evaluator.outputs(evaluator.net), simulated).sqnr_db
+    assert found == pytest.approx(accepted[0]["metric"], abs=0.05)
     record = Path("record.txt").read_text()
     assert all((f'"{name}"' in record) == (name not in rolled_back) for name in
                (f"layers.{i}" for i in range(LAYERS)))  # fmt: skip
     ledger = json.loads(Path("out/net_ledger.json").read_text())
     float_layers = {layer["name"] for layer in ledger["layers"] if layer["status"] == "float"}
     assert float_layers == rolled_back
+
+    # The config that was found, calibrated anew, gives the record that was written.
+    final_config = f"out/{STEM}_final_config.json"
+    alone = amct.quantize_model(final_config, "m.onnx", "alone.txt", model, images(1)[0])
+    evaluator.calibration(alone)
+    assert read_record("alone.txt").factors == read_record("record.txt").factors
+    with torch.no_grad():
+        for x in images(2):
+            torch.testing.assert_close(
+                alone(x), torch.as_tensor(session.run(None, {"x": x.numpy()})[0])
+            )
 
 
 def test_an_interrupted_search_goes_on_and_ends_alike():
@@ -318,6 +338,29 @@ def test_layers_that_were_balanced_and_learned_go_back_to_float_as_they_were():
     assert min(abs(saved - metric) for metric in accepted) < 0.01
 
 
+def test_balance_factors_of_layers_that_go_back_to_float_stay_in_the_record():
+    amct.create_quant_config("config.json", network(), images(1)[0], batch_num=2)
+    config = json.loads(Path("config.json").read_text())
+    for name, layer in config.items():
+        if name.startswith("layers."):
+            layer["dmq_balancer_param"] = 0.5
+    Path("config.json").write_text(json.dumps(config))
+    amct.quantize_preprocess("config.json", "record.txt", network(), images(1)[0])(images(1)[0])
+    before = {name: found.balance for name, found in read_record("record.txt").factors.items()}
+
+    class SecondTrial(Evaluator):
+        def metric_eval(self, original_metric, new_metric):
+            return len(self.evaluated) > 2, 0.0
+
+    search(SecondTrial(0.0), strategy=OneByOne(), sensitivity=ByName())
+    factors = read_record("record.txt").factors
+    assert not factors["layers.0"].complete and factors["layers.1"].complete
+    assert {name: found.balance for name, found in factors.items()} == before
+    # So another search with the same record can quantize them.
+    search(Evaluator(-100.0))
+    assert all(found.complete for found in read_record("record.txt").factors.values())
+
+
 def test_another_target_judges_the_same_trials_anew():
     plain = levels()
     search(Evaluator(plain - 1))
@@ -344,14 +387,53 @@ def test_metrics_that_no_file_holds_are_evaluated_again():
     assert len(evaluator.evaluated) == 2
 
 
-def test_trials_of_another_search_do_not_count():
+@pytest.mark.parametrize("what", ["weight", "last bias", "config"])
+def test_trials_of_another_search_do_not_count(what):
     search(Evaluator(-100.0))
     other = network()
     with torch.no_grad():
-        other.layers[0].weight *= 1.1
+        if what == "weight":
+            other.layers[0].weight *= 1.1
+        elif what == "last bias":  # no factor depends on it
+            other.layers[-1].bias += 0.1
+    if what == "config":
+        text = Path("config.json").read_text()
+        Path("config.json").write_text(text.replace("{", '{"bias_correction": false,', 1))
     evaluator = Evaluator(-100.0)
     search(evaluator, other)
     assert len(evaluator.evaluated) == 2
+
+
+def test_trials_that_were_evaluated_otherwise_do_not_count(caplog):
+    class OnOthers(Evaluator):
+        def evaluate(self, model):
+            return super().evaluate(model) - 1.0
+
+    search(Evaluator(-100.0))
+    evaluator = OnOthers(-100.0)
+    search(evaluator)
+    assert "was evaluated otherwise, so its 1 trials are run again" in caplog.text
+    assert len(evaluator.evaluated) == 2
+    assert read("record")["float_metric"] == 199.0
+
+
+def test_what_was_known_survives_a_second_interruption():
+    plain = levels()
+    search(Evaluator(plain + 6))
+    trials = read("record")["trials"]
+
+    class NoTime(CosineSimilaritySensitivity):
+        def compare(self, data, other):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        search(Evaluator(plain + 6), sensitivity=NoTime())
+    assert read("record")["trials"] == trials[:1]
+    again = Evaluator(plain + 6)
+    search(again)
+    assert read("record")["trials"] == trials
+    assert "earlier" not in read("record")
+    assert len(again.evaluated) == 1
 
 
 def test_nothing_is_written_where_nothing_is_good_enough(caplog):
@@ -466,12 +548,21 @@ def test_driven_by_files_alone():
     for index, x in enumerate(images(1)):
         x.numpy().astype(np.float32).tofile(f"data/{index}.bin")
 
-    class Both(amct.ModelEvaluator):
-        def calibration(self, model, batch_num=2):
-            super().calibration(model, batch_num)
-
-    evaluator = Both("data", "x:2,8,6,6", "float32")
+    evaluator = amct.ModelEvaluator("data", "x:2,8,6,6", "float32")
+    # All batches of the config are run, not the one that is the evaluator's own default.
     evaluator.allowed_loss = 0.5
     search(evaluator)
     assert Path("out/net_deploy_model.onnx").exists()
     assert read("record")["float_metric"] == 1.0
+    assert 0.5 <= read("record")["trials"][-1]["metric"] < 1.0
+
+
+def test_the_batch_that_layers_are_ranked_on_is_kept_on_disk_and_gone_afterwards(
+    tmp_path, monkeypatch
+):
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(kept))
+    search(Evaluator(190.0))
+    assert f"inputs to rank on are kept in {kept}" in Path("amct_log/amct_pytorch.log").read_text()
+    assert not any(kept.rglob("*"))

@@ -82,6 +82,26 @@ def test_agreement_with_the_first_model(tmp_path):
         evaluator.evaluate(nn.Linear(8, 6), 3)
 
 
+def test_the_reference_is_the_first_model_and_never_another(tmp_path):
+    write(tmp_path / "a", [np.random.rand(4, 8).astype("float32") for _ in range(3)])
+    evaluator = amct.ModelEvaluator(str(tmp_path / "a"), "x:4,8", "float32")
+    torch.manual_seed(0)
+    model, other = nn.Linear(8, 5), nn.Linear(8, 5)
+    evaluator.evaluate(model)
+    with pytest.raises(CalibrationError, match=r"iterations is 2, and the first model .* on 1; "):
+        evaluator.evaluate(other, 2)
+    assert evaluator.evaluate(model, 3) == 1.0  # the same one, on more batches
+    assert evaluator.evaluate(other, 3) < 0.9
+    assert evaluator.evaluate(other, 1) < 0.9
+
+
+def test_a_model_without_floating_outputs_is_told(tmp_path):
+    write(tmp_path / "a", [np.zeros(2, "int64")])
+    evaluator = amct.ModelEvaluator(str(tmp_path / "a"), "x:2", "int64")
+    with pytest.raises(CalibrationError, match="no floating output"):
+        evaluator.evaluate(nn.Identity())
+
+
 def test_a_run_driven_by_files_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)

@@ -235,7 +235,8 @@ BY_TYPE = 'override_layer_types {{ layer_type: "{}" calibration_config {{ {} }} 
         ),
         (
             "common_config { ifmr_quantize { dst_type: INT16 } }",
-            "common_config.ifmr_quantize.dst_type is INT16; allowed: INT8",
+            "common_config.ifmr_quantize.dst_type is INT16; allowed: INT8 "
+            "(INT16 activations are not supported in this version)",
         ),
         (
             "common_config { hfmg_quantize { dst_type: INT16 } }",

@@ -67,7 +67,7 @@ IFMR = [
     ("min_percentile", 1.01, "min_percentile is 1.01"),
     ("max_percentile", float("nan"), "max_percentile is NaN"),
     ("search_range", [1, float("inf")], "search_range[1] is Infinity"),
-    ("num_bits", 16, "num_bits is 16; allowed: 8 (16 is reserved for a later version)"),
+    ("num_bits", 16, "num_bits is 16; allowed: 8 (16 is not supported in this version)"),
     ("num_bits", 8.0, "num_bits is 8.0"),
     ("asymmetric", "yes", "asymmetric is"),
     ("asymmetric", None, "asymmetric is null; allowed: true or false"),

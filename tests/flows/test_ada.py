@@ -20,6 +20,7 @@ from amct_pytorch.export.onnx_file import load_onnx
 from amct_pytorch.export.onnx_graph import OnnxGraph
 from amct_pytorch.graph.tensors import tensors_in
 from amct_pytorch.record.record_file import read_record
+from amct_pytorch.spill import Spill
 
 NAMES = [
     "chain",
@@ -121,6 +122,91 @@ def test_runs_are_the_same_and_leave_the_random_state_alone() -> None:
         records.append([Path(name).read_bytes() for name in names])
     assert records[0] == records[1]
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("bits", [8, 7, 6, 4])
+def test_every_number_of_bits_and_the_fewer_the_more_is_won(bits: int) -> None:
+    torch.manual_seed(11)
+    model = nn.Sequential(
+        nn.Conv2d(4, 8, 3), nn.PReLU(), nn.ConvTranspose2d(8, 6, 2, stride=2), nn.GELU(),
+        nn.Flatten(), nn.Linear(6 * 64, 10), nn.Tanh(),
+    ).eval()  # fmt: skip
+    batches = [torch.randn(8, 4, 6, 6) for _ in range(3)]
+    off = {}
+    # Without ADA the contract has 6 and 7 bits for Conv2d only.
+    for ada in ({"num_iteration": 30}, {})[: 1 if bits in (6, 7) else 2]:
+        document = config(model, (batches[0],), 2, **ada)
+        for layer in document.values():
+            if isinstance(layer, dict):
+                layer["weight_quant_params"]["num_bits"] = bits
+        Path("config.json").write_text(json.dumps(document))
+        quantized = amct.quantize_model("config.json", "m.onnx", "record.txt", model, batches[0])
+        with torch.no_grad():
+            for batch in batches[:2]:
+                quantized(batch)
+            wanted = model(batches[2])
+            off[bool(ada)] = float((quantized(batches[2]) - wanted).norm() / wanted.norm())
+        found = read_record("record.txt").factors.values()
+        assert [factors.weight_bits for factors in found] == 3 * [bits]
+        amct.save_model("m.onnx", "record.txt", "net")
+        session = amct.DeploySession("net_deploy_model.onnx")
+        deployed = session.run(None, {session.get_inputs()[0].name: batches[2].numpy()})[0]
+        with torch.no_grad():
+            simulated = quantized(batches[2]).numpy()
+        assert np.allclose(deployed, simulated, atol=1e-4)
+    assert off[True] < {8: 0.03, 7: 0.04, 6: 0.07, 4: 0.25}[bits]
+    if bits == 4:
+        assert off[True] < off[False]
+
+
+@pytest.mark.parametrize("name", ["chain", "residual"])
+def test_activations_that_wait_on_disk_change_nothing(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    topology = TOPOLOGIES[name]
+    torch.manual_seed(7)
+    batches = [tuple(torch.randn(shape) for shape in topology.shapes) for _ in range(3)]
+    model = trained_like(topology.build(), batches[0])
+    records, set_aside = [], 0
+    original = Spill.set_aside
+
+    def counted(spill: Spill, x: Tensor) -> None:
+        nonlocal set_aside
+        set_aside += 1
+        original(spill, x)
+
+    monkeypatch.setattr(Spill, "set_aside", counted)
+    for limit in (2**30, 0):
+        monkeypatch.setattr("amct_pytorch.nn.reconstruct.WAITING_BYTES", limit)
+        config(model, batches[0], 3, num_bits=4, num_iteration=10)
+        quantized = amct.quantize_model("config.json", "m.onnx", "record.txt", model, batches[0])
+        with torch.no_grad():
+            for batch in batches:
+                quantized(*batch)
+            records.append((Path("record.txt").read_text(), quantized(*batches[0])))
+        assert set_aside == (0 if limit else 3 * len(read_record("record.txt").factors))
+    assert records[0][0] == records[1][0]
+    assert torch.equal(next(tensors_in(records[0][1])), next(tensors_in(records[1][1])))
+
+
+def test_a_model_under_autocast_is_learned_as_it_is_calibrated() -> None:
+    model, batches = chain()
+    config(model, (batches[0],), 2, num_bits=4, num_iteration=10)
+    quantized = amct.quantize_model("config.json", "m.onnx", "record.txt", model, batches[0])
+    seen = []
+    model_types = []
+    hook = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, args, y: model_types.append(y.dtype) if isinstance(module, nn.ReLU) else None
+    )
+    try:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            for batch in batches:
+                quantized(batch)
+                seen.append(set(model_types))
+    finally:
+        hook.remove()
+    # The passes that ADA makes run in threads of their own, with the types of the first.
+    assert seen[0] == seen[1] == {torch.bfloat16}
 
 
 def test_one_layer_can_be_learned_alone() -> None:

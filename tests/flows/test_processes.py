@@ -111,6 +111,96 @@ def test_two_processes_write_what_one_does(
     torch.testing.assert_close(results[0], torch.load("1/y0.pt"), atol=1e-3, rtol=1e-3)
 
 
+BRANCHES = """
+class Branches(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.small, self.large = torch.nn.Linear(48, 8), torch.nn.Linear(48, 8)
+        self.last = torch.nn.Linear(8, 4)
+    def forward(self, items):
+        x = items.flatten(1)[:, :48]
+        x = self.large(x) if len(items) > 3 else self.small(x)
+        return self.last(torch.relu(x))
+model = Branches().eval()
+"""
+
+
+def test_layers_that_ran_in_one_process_only_are_corrected_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = SCRIPT.format(tests=str(HERE.parent), name="chain", batches=2)
+    code = code.replace("rank, world = 0, 1", BRANCHES + "rank, world = 0, 1")
+    # The example and the first process's batch take the small way, the last batch the large one.
+    code = code.replace("torch.randn(3, 3, 16, 16) * (1 + i)", "torch.randn(3 + i, 3, 16, 16)")
+    launch(code, 1, 0)
+    launch(code, 2, free_port())
+    one, two = (onnx.load(f"{world}/m.onnx") for world in (1, 2))
+    tensors = {t.name: numpy_helper.to_array(t) for t in one.graph.initializer}
+    for tensor in two.graph.initializer:
+        assert np.allclose(numpy_helper.to_array(tensor), tensors[tensor.name], atol=1e-5)
+
+
+BALANCE = """
+import json
+document = json.load(open(f"{folder}/c.json"))
+for value in document.values():
+    if isinstance(value, dict):
+        value["dmq_balancer_param"] = 0.5
+if rank == 0:
+    json.dump(document, open(f"{folder}/c.json", "w"))
+if world > 1:
+    dist.barrier()
+watched = amct.quantize_preprocess(f"{folder}/c.json", f"{folder}/r.txt", model, batches[0])
+watched(batches[rank] if world > 1 else torch.cat(batches[:2]))
+"""
+
+
+def test_two_processes_balance_with_what_both_have_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = SCRIPT.format(tests=str(HERE.parent), name="chain", batches=2)
+    begin, end = code.split("config, modified", 1)
+    code = begin + BALANCE + "config, modified" + end
+    launch(code, 1, 0)
+    launch(code, 2, free_port())
+    one, two = (read_record(f"{world}/r.txt").factors for world in (1, 2))
+    assert all(found.balance for found in one.values())
+    assert one == two
+
+
+FAILS = """
+import sys
+from torch import distributed as dist
+from amct_pytorch.processes import gathered, in_one_process
+
+class Own(Exception):
+    def __init__(self, a, b):
+        super().__init__(f"{a} and {b}")
+
+def fails():
+    raise Own("this", "that")
+
+dist.init_process_group("gloo")
+assert gathered(dist.get_rank()) == [0, 1]
+try:
+    in_one_process(fails, 1)
+except Exception as error:
+    assert "this and that" in str(error)
+else:
+    sys.exit(1)
+dist.destroy_process_group()
+"""
+
+
+def test_an_error_that_cannot_be_sent_keeps_nobody_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    launch(FAILS, 2, free_port())
+
+
 def test_fewer_batches_than_processes_are_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,9 @@ where x' is the input in the network whose earlier layers are quantized already 
 activation behind the layer. Learning starts from what error feedback finds (see
 `unit_rounding`), which for a layer without an activation is the better answer and the end. Scales
 are chosen by the same error, the bias takes part, and a ridge keeps what few rows of data cannot
-tell near to the weights. A channel keeps what has the least error of all.
+tell near to the weights. A channel keeps what has the least error of all; what was learned it
+takes only if that has less error on rows that were not learned from, too: a few images can be
+fitted in ways that help no others.
 """
 
 from __future__ import annotations
@@ -34,6 +36,8 @@ SCALE_ROWS = 1024
 # Learning goes in rounds of so many steps; another one follows one that was worth it.
 ROUND = 500
 WORTH = 0.99
+# The part of the rows that is learned from; the others, of the last items, say whether it holds.
+LEARNED_ROWS = 0.75
 
 
 @dataclass(frozen=True)
@@ -82,13 +86,17 @@ def ada_round(
         best = best.or_better(unit, _Choice.of(unit, fed_scale, fed), allowed)
     made = 0
     aim = unit if fmt.bits <= LOW_BITS else _own_errors_only(unit)
+    cut = round(unit.inputs.shape[1] * LEARNED_ROWS)
+    aim, others = aim.of_rows(slice(cut)), unit.of_rows(slice(cut, None))
     while unit.activation is not None and made < settings.iterations:
         some = replace(settings, iterations=min(ROUND, settings.iterations - made))
         errors = aim.errors(best.outputs(aim))
         learned = learn_rounding(aim, best.scale, best.steps, best.bias, errors, fmt, some)
         made += learned.iterations
         before = best.loss(unit)
-        best = best.or_better(unit, _Choice.of(unit, best.scale, learned.steps, learned.bias))
+        found = _Choice.of(unit, best.scale, learned.steps, learned.bias)
+        holds = others.errors(found.outputs(others)) < others.errors(best.outputs(others))
+        best = best.or_better(unit, found, holds)
         if best.loss(unit) > WORTH * before:
             break
     return Rounded(best.scale, best.steps, best.bias, best.loss(unit), error_nearest, made)

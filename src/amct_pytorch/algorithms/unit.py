@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -95,6 +95,10 @@ class Unit:
     def nearest(self, scale: Tensor, fmt: IntFormat) -> Tensor:
         """The weight in units of a scale [channels] or [1], rounded to the nearest."""
         return fmt.round(self.weight / self.per_channel(scale))
+
+    def of_rows(self, rows: slice) -> Unit:
+        """The same layer with some of the rows."""
+        return replace(self, inputs=self.inputs[:, rows], targets=self.targets[rows])
 
     def some_rows(self, number: int) -> slice:
         """At least so many rows at even distances, or all."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,7 +125,8 @@ class ModelEvaluator(AutoCalibrationEvaluatorBase):
             BinaryInput(name, Path(folder), shape, _dtype(kind), _files(folder))
             for (name, shape), folder, kind in zip(shapes, folders, types, strict=True)
         ]
-        self._reference: list[list[Tensor]] | None = None
+        self._reference: list[list[Tensor]] = []
+        self._first: weakref.ref[nn.Module] | None = None
 
     def calibration(self, model: nn.Module, batch_num: int = 1) -> None:
         """Runs the first `batch_num` batches through `model`.
@@ -144,12 +146,25 @@ class ModelEvaluator(AutoCalibrationEvaluatorBase):
 
         Raises:
             ArgumentTypeError, ArgumentValueError: as in `calibration`.
-            CalibrationError: the model has other outputs than the first one.
+            CalibrationError: the model has other outputs than the first one, or none of a
+                floating type; or the first one was evaluated on fewer batches.
         """
         outputs = self._outputs(model, iterations, "iterations")
-        if self._reference is None or len(self._reference) < len(outputs):
-            self._reference = outputs
+        if not all(outputs):
+            raise CalibrationError(
+                "the model has no floating output; allowed: one or more, which the float model's "
+                "are compared with"
+            )
+        first = None if self._first is None else self._first()
+        if self._first is None or (first is model and len(outputs) > len(self._reference)):
+            self._reference, self._first = outputs, weakref.ref(model)
             return 1.0
+        if len(outputs) > len(self._reference):
+            raise CalibrationError(
+                f"iterations is {iterations}, and the first model that was evaluated, which others "
+                f"are compared with, was evaluated on {len(self._reference)}; allowed: at most so "
+                "many"
+            )
         cosines = []
         for number, (meant, found) in enumerate(zip(self._reference, outputs, strict=False)):
             if [t.shape for t in meant] != [t.shape for t in found]:

@@ -87,7 +87,7 @@ def read_block(message: Any, place: str, problems: ProblemList) -> Block | None:
     if raw["activation_quant_params"].pop("dst_type", "INT8") != "INT8":
         problems.add(
             f"{place}.{activation}.dst_type is INT16; allowed: INT8 "
-            "(INT16 is reserved for a later version)"
+            "(INT16 activations are not supported in this version)"
         )
         sound = False
     try:

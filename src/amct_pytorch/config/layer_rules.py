@@ -9,6 +9,7 @@ from typing import Any
 from amct_pytorch.config.models import (
     GLOBAL_KEYS,
     ActivationParams,
+    AdaParams,
     ArqParams,
     CalibrationConfig,
     IfmrParams,
@@ -16,7 +17,7 @@ from amct_pytorch.config.models import (
     WeightParams,
 )
 from amct_pytorch.errors import did_you_mean
-from amct_pytorch.graph.layers import LAYER_KINDS, SeenLayer
+from amct_pytorch.graph.layers import ADA_KINDS, LAYER_KINDS, SeenLayer
 
 logger = logging.getLogger("amct_pytorch")
 
@@ -94,9 +95,14 @@ def allowed_weights(
             has = "one scale for all its weights, unless linear_channel_wise is true"
         tell("channel_wise", f"{layer.kind} has {has}")
         weights = weights.model_copy(update={"channel_wise": False})
-    if weights.num_bits in (6, 7) and not kind.low_bit_weights:
+    learned = kind.ada and isinstance(weights, AdaParams)
+    if weights.num_bits in (6, 7) and not (kind.low_bit_weights or learned):
         names = [name for name, other in LAYER_KINDS.items() if other.low_bit_weights]
-        tell("num_bits", f"6 and 7 bits are for {', '.join(names)} only")
+        others = sorted(ADA_KINDS - set(names))
+        reason = f"6 and 7 bits are for {', '.join(names)} only"
+        if kind.ada:
+            reason += f"; with ada_quantize, in the JSON, for {' and '.join(others)} too"
+        tell("num_bits", reason)
         weights = weights.model_copy(update={"num_bits": 8})
     if weights.num_bits != 8 and not kind.weighted:
         weights = weights.model_copy(update={"num_bits": 8})

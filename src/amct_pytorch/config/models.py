@@ -64,7 +64,7 @@ MaybeYesNo = Annotated[bool | None, BeforeValidator(not_null), Field(description
 Percentile = Annotated[float, Field(gt=0.5, le=1, description="a number in (0.5, 1]")]
 Fraction = Annotated[float, Field(gt=0, lt=1, description="a number in (0, 1)")]
 ActivationBits = Annotated[
-    int, _require(lambda n: n == 8), Field(description="8 (16 is reserved for a later version)")
+    int, _require(lambda n: n == 8), Field(description="8 (16 is not supported in this version)")
 ]
 WeightBits = Annotated[
     int, _require(lambda n: n in (4, 6, 7, 8)), Field(description="8, 7, 6 or 4")

@@ -6,6 +6,7 @@ import json
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from amct_pytorch.auto_calibration.evaluator import AutoCalibrationEvaluatorBase
+from amct_pytorch.auto_calibration.model_evaluator import ModelEvaluator
 from amct_pytorch.auto_calibration.sensitivity import (
     CosineSimilaritySensitivity,
     SensitivityBase,
@@ -37,6 +39,7 @@ from amct_pytorch.flows.calibration import CalibrationResult
 from amct_pytorch.flows.outputs import output_path
 from amct_pytorch.flows.post_training import save_model
 from amct_pytorch.flows.preparation import InputData, Prepared, prepare
+from amct_pytorch.flows.trials import Trials, identity_of
 from amct_pytorch.graph.look import copy_model
 from amct_pytorch.graph.tensors import ModelInputs, random_state_kept, tensors_in
 from amct_pytorch.logs import logger, start_logging
@@ -44,8 +47,10 @@ from amct_pytorch.nn.intercept import LayerCall
 from amct_pytorch.nn.simulate import IntegerOperands, Simulate, without_autograd
 from amct_pytorch.nn.wrapped import CompressedLayer, Stage, compressed_layers
 from amct_pytorch.processes import world_size
-from amct_pytorch.record.fingerprint import fingerprint
+from amct_pytorch.record.factors import LayerFactors
+from amct_pytorch.record.record_file import read_record, record_text
 from amct_pytorch.report.ledger import output_entry
+from amct_pytorch.spill import KeptInputs, Spill
 
 if TYPE_CHECKING:
     from amct_pytorch.export.float_model import DynamicAxes
@@ -122,13 +127,13 @@ def accuracy_based_auto_calibration(
     files = _Files.of(save_dir)
     check_writable(record_file, "record_file")
     check_distinct(config_file=config_file, record_file=record_file)
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, closing(Spill("inputs to rank on")) as spill:
         onnx_file, scratch_record = Path(scratch) / "modified.onnx", Path(scratch) / "record.txt"
         names = (input_names, output_names, dynamic_axes)
         if Path(record_file).exists():
             # It may hold balance factors (quantize_preprocess).
             scratch_record.write_bytes(Path(record_file).read_bytes())
-        search = _Search(model_evaluator, measure, files, time_budget)
+        search = _Search(model_evaluator, measure, files, spill, time_budget)
         prepared = prepare(
             config_file, onnx_file, scratch_record, model, input_data, names, search.calibrated,
             all_outputs=True,
@@ -145,8 +150,11 @@ def accuracy_based_auto_calibration(
             return
         config = search.save_calibration(kept)
         save_model(onnx_file, scratch_record, save_dir)
+        record = read_record(scratch_record)
+        record.factors |= search.balance_of_others(kept)
         with WholeFiles() as written:
-            written.write(record_file, scratch_record.read_bytes(), what="record_file")
+            text = record_text(record, str(record_file)).encode()
+            written.write(record_file, text, what="record_file")
             text = dump_calibration_json(config).encode()
             written.write(files.config, text, what="save_dir")
 
@@ -199,6 +207,7 @@ class _Search:
         evaluator: the user's.
         measure: what layers are ranked by.
         files: where the trials are kept.
+        spill: where a batch is kept that layers are ranked on.
         time_budget: seconds from now, or None.
 
     Attributes:
@@ -210,25 +219,24 @@ class _Search:
     _layers: dict[str, CompressedLayer]
     _corrected: dict[str, Tensor]
     _original: Any
-    _identity: str
+    _trials: Trials
 
     def __init__(
         self,
         evaluator: AutoCalibrationEvaluatorBase,
         measure: SensitivityBase,
         files: _Files,
+        spill: Spill,
         time_budget: float | None,
     ) -> None:
         self.out_of_time = False
+        self._spill = spill
         self._deadline = None if time_budget is None else time.perf_counter() + time_budget
         self._trial_seconds = 0.0
         self._evaluator = evaluator
         self._measure = measure
         self._files = files
-        # As in the file: those of this run, and those of an earlier one.
-        self._trials: list[dict[str, Any]] = []
-        self._known: list[dict[str, Any]] = []
-        self._inputs: ModelInputs | None = None
+        self._inputs: KeptInputs | None = None
         self._finished = False
 
     def calibrated(self, prepared: Prepared, result: CalibrationResult) -> None:
@@ -242,7 +250,7 @@ class _Search:
         logger.info("metric of the float model: %s", self._original)
         hook = prepared.model.register_forward_pre_hook(self._keep, with_kwargs=True)
         try:
-            self._evaluator.calibration(prepared.model)
+            self._run_batches(prepared)
         finally:
             hook.remove()
         if not self._finished:
@@ -252,12 +260,22 @@ class _Search:
             )
         self._layers = compressed_layers(prepared.model)
         self._corrected = {n: self._layers[n].bias.detach().clone() for n in self._result.operands}
-        self._identity = fingerprint(self._result.factors)
-        self._known = self._read_trials()
+        identity = identity_of(float_model, prepared.config, self._result.factors)
+        self._trials = Trials(self._files.trials, identity, self._original)
+
+    def _run_batches(self, prepared: Prepared) -> None:
+        evaluator = self._evaluator
+        if isinstance(evaluator, ModelEvaluator) and (
+            type(evaluator).calibration is ModelEvaluator.calibration
+        ):
+            # Its own default is one batch.
+            evaluator.calibration(prepared.model, prepared.config.batch_num)
+        else:
+            evaluator.calibration(prepared.model)
 
     def _keep(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._inputs is None:
-            self._inputs = ModelInputs(args, kwargs).copied()
+            self._inputs = KeptInputs(ModelInputs(args, kwargs), self._spill)
 
     def run(self, strategy: AutoCalibrationStrategyBase) -> frozenset[str] | None:
         """The layers that stay quantized; None if no trial was good enough."""
@@ -306,16 +324,16 @@ class _Search:
         return [name for name in self._result.operands if name not in kept]
 
     def _is_known(self, rolled_back: list[str]) -> bool:
-        trials = (*self._trials, *self._known)
-        return any(trial["rolled_back"] == rolled_back for trial in trials)
+        trials = self._trials
+        return (trials.done(rolled_back) or trials.earlier(rolled_back)) is not None
 
     def _try(self, kept: frozenset[str]) -> tuple[bool, float]:
         """Evaluates the model with some layers quantized, unless an earlier run did."""
         rolled_back = self._rolled_back(kept)
-        for trial in self._trials:
-            if trial["rolled_back"] == rolled_back:
-                return bool(trial["accepted"]), float(trial["loss"])
-        known = next((t for t in self._known if t["rolled_back"] == rolled_back), None)
+        done = self._trials.done(rolled_back)
+        if done is not None:
+            return bool(done["accepted"]), float(done["loss"])
+        known = self._trials.earlier(rolled_back)
         if known is not None:
             logger.info("trial with %d layers in float: known", len(rolled_back))
             return self._judge(rolled_back, known["metric"])
@@ -330,17 +348,7 @@ class _Search:
         """The evaluator's verdict on a metric, which may be an earlier run's; keeps the trial."""
         accepted, loss = _checked_verdict(self._evaluator.metric_eval(self._original, metric))
         logger.info("metric %s: %s, lost %g", metric, "accepted" if accepted else "rejected", loss)
-        exact = _survives_json(metric)
-        self._trials.append(
-            {
-                "rolled_back": rolled_back,
-                "metric": metric if exact else repr(metric),
-                "exact": exact,
-                "accepted": accepted,
-                "loss": loss,
-            }
-        )
-        self._write_trials()
+        self._trials.add(rolled_back, metric, accepted, loss)
         return accepted, loss
 
     def _activate(self, kept: frozenset[str]) -> None:
@@ -373,10 +381,18 @@ class _Search:
         assert self._inputs is not None
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         with torch.no_grad(), random_state_kept(model):
-            outputs = [t.detach() for t in tensors_in(self._inputs.copied().call(model))]
+            outputs = [t.detach() for t in tensors_in(self._inputs.taken().call(model))]
         for name, buffer in model.named_buffers():
             buffer.data.copy_(buffers[name])
         return outputs
+
+    def balance_of_others(self, kept: frozenset[str]) -> dict[str, LayerFactors]:
+        """Balance factors of layers that go back to float: the next search needs them again."""
+        return {
+            name: LayerFactors(balance=found.balance)
+            for name, found in self._result.factors.items()
+            if name not in kept and found.balance
+        }
 
     def save_calibration(self, kept: frozenset[str]) -> CalibrationConfig:
         """Completes the files of calibration for these layers; returns their config."""
@@ -394,44 +410,9 @@ class _Search:
         self._prepared.complete(replace(result, factors=factors, output=output), config)
         return config
 
-    def _read_trials(self) -> list[dict[str, Any]]:
-        """The trials of an earlier run of the same search; none where it was another."""
-        try:
-            found = json.loads(self._files.trials.read_text())
-            same = found["factors"] == self._identity
-            trials = [
-                trial
-                for trial in found["trials"]
-                if isinstance(trial["rolled_back"], list)
-                and trial["exact"] is True
-                and "metric" in trial
-            ]
-        except (OSError, ValueError, KeyError, TypeError):
-            return []
-        return trials if same else []
-
-    def _write_trials(self) -> None:
-        content = {
-            "float_metric": self._original
-            if _survives_json(self._original)
-            else repr(self._original),
-            "factors": self._identity,
-            "trials": self._trials,
-        }
-        text = json.dumps(content, indent=4)
-        write_whole(self._files.trials, text.encode(), what="save_dir", announce=False)
-
 
 def _is_positive(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
-
-
-def _survives_json(value: Any) -> bool:
-    """Whether a value comes out of a JSON file as it went in."""
-    try:
-        return bool(json.loads(json.dumps(value, allow_nan=False)) == value)
-    except (TypeError, ValueError):
-        return False
 
 
 def _check_instance(value: Any, base: type, what: str, names: Mapping[str, type]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,16 @@ from amct_pytorch.flows.arguments import public_call
 from amct_pytorch.flows.preparation import InputData, fused_norms
 from amct_pytorch.graph.layers import LAYER_KINDS
 from amct_pytorch.graph.look import look_at
+from amct_pytorch.graph.pairs import scalable_pairs
 from amct_pytorch.graph.tensors import ModelInputs
 from amct_pytorch.logs import logger, start_logging
+from amct_pytorch.nn.equalize import equalize
 from amct_pytorch.nn.instrument import instrument
 from amct_pytorch.nn.intercept import LayerCall
 from amct_pytorch.nn.simulate import without_autograd
 from amct_pytorch.nn.wrapped import CompressedLayer, Stage, compressed_layers
 from amct_pytorch.observers.channel_range import ChannelRange
+from amct_pytorch.processes import gathered, in_one_process
 from amct_pytorch.record.factors import LayerFactors
 from amct_pytorch.record.record_file import RecordFile, read_record, write_record
 
@@ -80,8 +84,17 @@ def quantize_preprocess(
         logger.warning("%s has no weights to balance its input against; it stays as it is", name)
         del wanted[name]
     held = read_record(record_path) if record_path.exists() else RecordFile()
-    fused = {name: norm for name, norm in fused_norms(graph, config).items() if name in wanted}
-    prepared = instrument(model, graph, inputs, list(wanted), fused)
+    fused = fused_norms(graph, config)
+    names = list(wanted)
+    if config.cross_layer_equalization:
+        # Balanced is what quantize_model will find: the equalized layers.
+        names = list(config.enabled_layers())
+        pairs = scalable_pairs(graph, names, fused)
+        equalized = functools.partial(equalize, pairs=pairs)
+        prepared = instrument(model, graph, inputs, names, fused, rescale=equalized)
+    else:
+        fused = {name: norm for name, norm in fused.items() if name in wanted}
+        prepared = instrument(model, graph, inputs, names, fused)
     _Balancing(prepared, wanted, held, record_path)
     return prepared
 
@@ -109,6 +122,8 @@ class _Balancing(Stage):
     @without_autograd
     def run(self, layer: CompressedLayer, call: LayerCall) -> Tensor:
         """The float result."""
+        if layer.name not in self._strengths:
+            return layer.float_result(call)
         x = call.x.movedim(layer.kind.channel_axis, -1)
         seen = self._seen.setdefault(layer.name, ChannelRange(x.shape[-1], x.device))
         seen.add(x)
@@ -127,17 +142,31 @@ class _Balancing(Stage):
                 "balance factors are computed anew, from all %d batches so far", self._passes
             )
         with torch.inference_mode(False), torch.no_grad():
+            seen = self._seen_by_all()
             for name, strength in self._strengths.items():
-                if name in self._seen:
-                    balance = self._factors(self._layers[name], strength)
+                if name in seen:
+                    balance = _factors(self._layers[name], seen[name], strength)
                     known = self._held.factors.get(name, LayerFactors())
                     self._held.factors[name] = replace(known, balance=balance)
                 else:
                     logger.warning("layer %r did not run; it has no balance factors", name)
-        write_record(self._record_path, self._held, announce=self._passes == 1)
+        announce = self._passes == 1
+        in_one_process(lambda: write_record(self._record_path, self._held, announce=announce), 0)
 
-    def _factors(self, layer: CompressedLayer, strength: float) -> tuple[float, ...]:
-        assert layer.layout is not None
-        weights = input_channel_maxima(layer.layout, layer.groups, layer.weight)
-        factors = smooth_factors(self._seen[layer.name].magnitude, weights, strength)
-        return tuple(factors.cpu().tolist())
+    def _seen_by_all(self) -> dict[str, ChannelRange]:
+        """The ranges that all processes have seen together."""
+        merged: dict[str, ChannelRange] = {}
+        for seen in gathered(self._seen):
+            for name, found in seen.items():
+                if name in merged:
+                    merged[name].merge(found)
+                else:
+                    merged[name] = found
+        return merged
+
+
+def _factors(layer: CompressedLayer, seen: ChannelRange, strength: float) -> tuple[float, ...]:
+    assert layer.layout is not None
+    weights = input_channel_maxima(layer.layout, layer.groups, layer.weight)
+    factors = smooth_factors(seen.magnitude.to(weights.device), weights, strength)
+    return tuple(factors.cpu().tolist())

@@ -23,7 +23,7 @@ from amct_pytorch.graph.trace import where_it_failed
 from amct_pytorch.logs import logger
 from amct_pytorch.memory import release_memory
 from amct_pytorch.nn.calibrate import Check, LayerErrors, Observe, corrected_bias
-from amct_pytorch.nn.reconstruct import ADA_KINDS, FloatRows, Reconstruct, Reconstruction
+from amct_pytorch.nn.reconstruct import FloatRows, Reconstruct, Reconstruction
 from amct_pytorch.nn.simulate import IntegerOperands, Simulate, integer_bias
 from amct_pytorch.nn.wrapped import compressed_layers
 from amct_pytorch.observers.statistics import LayerStatistics
@@ -154,7 +154,7 @@ class Calibration:
         self._ada = {
             name: settings
             for name, settings in ada_settings(config).items()
-            if self._layers[name].kind.name in ADA_KINDS
+            if self._layers[name].kind.ada
         }
         learned = {name: self._layers[name] for name in self._ada}
         self._rows = FloatRows(learned, config.batch_num) if learned else None
@@ -268,13 +268,17 @@ class Calibration:
         """
         last = (self._config.batch_num - 1) % world_size()
         if world_size() > 1:
-            everyone = gathered(self._observe.statistics)
-            merged = everyone[0]
+            calls = {n: call.without_operands() for n, call in self._observe.calls.items()}
+            everyone = gathered((self._observe.statistics, calls))
+            merged, _ = everyone[0]
             for name, statistics in merged.items():
-                for other in everyone[1:]:
+                for other, _ in everyone[1:]:
                     statistics.merge(other[name])
-                statistics.output = everyone[last][name].output
+                statistics.output = everyone[last][0][name].output
             self._observe.statistics = merged
+            # A layer may have run in another process only.
+            for _, others in everyone:
+                self._observe.calls = others | self._observe.calls
         found = in_one_process(lambda: self._found(float_outputs), last)
         if rank() == last:
             return found.result

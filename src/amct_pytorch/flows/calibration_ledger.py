@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 
 from amct_pytorch.config.models import AdaParams, CalibrationConfig
 from amct_pytorch.flows.calibration import CalibrationResult
-from amct_pytorch.graph.layers import LAYER_KINDS, SeenLayer
+from amct_pytorch.graph.layers import ADA_KINDS, LAYER_KINDS, SeenLayer
 from amct_pytorch.graph.look import ModelGraph
-from amct_pytorch.nn.reconstruct import ADA_KINDS, Reconstruction
+from amct_pytorch.nn.reconstruct import Reconstruction
 from amct_pytorch.observers.histogram import Histogram
 from amct_pytorch.record.factors import LayerFactors
 from amct_pytorch.report.ledger import LayerEntry, Ledger, OutputEntry, decibels

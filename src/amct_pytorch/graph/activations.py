@@ -101,9 +101,12 @@ def _following(
     kwargs = {key: arg for key, arg in call.kwargs.items() if key not in NOT_SETTINGS}
     operands = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Operand)]
     if operands:
-        # A slope for each channel, which is the axis of a row too; other tensors need not fit.
+        # One slope, or one for each channel where that is the axis of a row too; prelu's is axis
+        # 1, which is the last one only of a Linear's two. Other tensors need not fit.
         slope = parameters.get(operands[0].parameter or "")
-        if name != "prelu" or slope is None or channel_axis != 1:
+        if name != "prelu" or slope is None:
+            return None
+        if slope.numel() > 1 and channel_axis != 1 and len(x.shape) != 2:
             return None
         args, kwargs = (slope.detach(),), {}
     return Activation(name, function, tuple(args), kwargs)

@@ -37,7 +37,8 @@ class LayerKind:
         transposed: whether the weight is that of a transposed convolution.
         channel_wise: whether weights may have, and by default get, one scale per output
             channel.
-        low_bit_weights: whether 6- and 7-bit weights are defined for it.
+        low_bit_weights: whether 6- and 7-bit weights are defined for it without ADA.
+        ada: whether ADA can choose its rounding, from 8 down to 4 bits.
         symmetric_inputs: whether its input never gets a zero point.
         limits: the reason why a module of the kind cannot be quantized, or None.
     """
@@ -52,6 +53,7 @@ class LayerKind:
     transposed: bool = False
     channel_wise: bool = True
     low_bit_weights: bool = False
+    ada: bool = False
     symmetric_inputs: bool = False
     limits: Callable[[nn.Module], str | None] = lambda module: None
 
@@ -74,7 +76,15 @@ LAYER_KINDS: MappingProxyType[str, LayerKind] = MappingProxyType(
     {
         kind.name: kind
         for kind in (
-            LayerKind("Conv2d", nn.Conv2d, ("conv2d",), ("Conv",), (4, 4), low_bit_weights=True),
+            LayerKind(
+                "Conv2d",
+                nn.Conv2d,
+                ("conv2d",),
+                ("Conv",),
+                (4, 4),
+                low_bit_weights=True,
+                ada=True,
+            ),
             LayerKind(
                 "Conv3d",
                 nn.Conv3d,
@@ -92,6 +102,7 @@ LAYER_KINDS: MappingProxyType[str, LayerKind] = MappingProxyType(
                 (4, 4),
                 out_axis=1,
                 transposed=True,
+                ada=True,
             ),
             LayerKind(
                 "Linear",
@@ -101,6 +112,7 @@ LAYER_KINDS: MappingProxyType[str, LayerKind] = MappingProxyType(
                 (2, 6),
                 channel_axis=-1,
                 channel_wise=False,
+                ada=True,
             ),
             LayerKind(
                 "AvgPool2d",
@@ -115,6 +127,7 @@ LAYER_KINDS: MappingProxyType[str, LayerKind] = MappingProxyType(
         )
     }
 )
+ADA_KINDS = frozenset(name for name, kind in LAYER_KINDS.items() if kind.ada)
 
 
 def kind_named(name: str) -> LayerKind:

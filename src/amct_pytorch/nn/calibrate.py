@@ -108,7 +108,8 @@ def corrected_bias(
     with without_autocast(rounding_error.device.type):
         shift = output_shift(
             mean_input,
-            lambda mean: call.run(mean, rounding_error, None),
+            # Means that processes have added up are on the CPU.
+            lambda mean: call.run(mean.to(rounding_error.device), rounding_error, None),
             layer.kind.channel_axis,
         )
     largest = limit * in_float64(operands.bias_scale)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -47,6 +47,11 @@ class LayerCall:
         ]
         x, weight, bias = operands if len(operands) > 1 else (operands[0], None, None)
         return cls(function, x, weight, bias, tuple(args[len(names) :]), rest)
+
+    def without_operands(self) -> LayerCall:
+        """The call with empty tensors for its operands: enough to `run` it on others."""
+        weight = None if self.weight is None else self.weight.new_empty(0)
+        return replace(self, x=self.x.new_empty(0), weight=weight, bias=None)
 
     def run(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """The same call on other operands; without weights, on another input."""

@@ -10,7 +10,9 @@ half a pass a layer.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
@@ -25,6 +27,44 @@ class _Abandoned(BaseException):
     """
 
 
+@dataclass(frozen=True)
+class _Modes:
+    """What of torch's state belongs to a thread, and a forward may depend on.
+
+    Attributes:
+        cuda: the current CUDA device.
+        default: the default device.
+        autocast: type of device and of numbers where autocast is on.
+    """
+
+    cuda: int | None
+    default: torch.device
+    autocast: tuple[tuple[str, torch.dtype], ...]
+
+    @classmethod
+    def of_this_thread(cls) -> _Modes:
+        """As it is now."""
+        cuda = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+        types = ("cpu", "cuda") if cuda is not None else ("cpu",)
+        on = [kind for kind in types if torch.is_autocast_enabled(kind)]
+        autocast = tuple((kind, torch.get_autocast_dtype(kind)) for kind in on)
+        return cls(cuda, torch.get_default_device(), autocast)
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """The same in another thread, without gradients."""
+        with ExitStack() as stack:
+            if self.cuda is not None:
+                torch.cuda.set_device(self.cuda)
+            for kind, dtype in self.autocast:
+                stack.enter_context(torch.autocast(kind, dtype))
+            if self.default.type != "cpu":
+                stack.enter_context(self.default)
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())
+            yield
+
+
 class _Pass(threading.Thread):
     """One forward pass, which runs only between `resume` and its next stop."""
 
@@ -32,7 +72,7 @@ class _Pass(threading.Thread):
         super().__init__(daemon=True)
         self._run = run
         self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
-        self._device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+        self._modes = _Modes.of_this_thread()
         self.waits_at: str | None = None
         self.over = False
         self.abandoned = False
@@ -43,10 +83,7 @@ class _Pass(threading.Thread):
         self._go.acquire()
         try:
             if not self.abandoned:
-                if self._device is not None:
-                    torch.cuda.set_device(self._device)
-                # These modes belong to a thread.
-                with torch.inference_mode(False), torch.no_grad():
+                with self._modes.entered():
                     self._run()
         except _Abandoned:
             pass

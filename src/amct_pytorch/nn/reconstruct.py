@@ -19,7 +19,7 @@ from amct_pytorch.algorithms.unit_range import best_range, quantized
 from amct_pytorch.formats import IntFormat
 from amct_pytorch.graph.activations import Activation
 from amct_pytorch.graph.look import copy_sharing_weights
-from amct_pytorch.graph.tensors import ModelInputs, map_tensors
+from amct_pytorch.graph.tensors import ModelInputs, without_autocast
 from amct_pytorch.logs import logger
 from amct_pytorch.nn.intercept import LayerCall
 from amct_pytorch.nn.lockstep import Lockstep
@@ -34,12 +34,13 @@ from amct_pytorch.nn.rows import (
 from amct_pytorch.nn.simulate import IntegerOperands, without_autograd
 from amct_pytorch.nn.wrapped import CompressedLayer, Stage, compressed_layers
 from amct_pytorch.record.factors import FORCE_FP16, LayerFactors
-from amct_pytorch.spill import Spill
+from amct_pytorch.spill import KeptInputs, Spill
 
 # Rows of a layer's input, from all batches together.
 ROW_BYTES = 2**26
 MOST_ROWS, FEWEST_ROWS = 8192, 512
-ADA_KINDS = frozenset({"Linear", "Conv2d", "ConvTranspose2d"})
+# Of the inputs of one layer, for all passes that wait at it; what is more is set aside on disk.
+WAITING_BYTES = 2**30
 # The product of matrices and the layer's own call differ by float32 rounding.
 SAME = 1e-3
 
@@ -55,20 +56,13 @@ class FloatRows:
     def __init__(self, layers: Mapping[str, CompressedLayer], batches: int) -> None:
         self._numbers = {name: -(-_rows(layer) // batches) for name, layer in layers.items()}
         self._seeds = {name: i for i, name in enumerate(layers)}
-        self._spill = Spill("calibration inputs and sampled outputs")
-        self._inputs: list[tuple[ModelInputs, list[torch.device]]] = []
+        self._spill = Spill("calibration inputs, sampled outputs and large activations")
+        self._inputs: list[KeptInputs] = []
         self._taken: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
 
     def keep_inputs(self, inputs: ModelInputs) -> None:
         """Of the next batch."""
-        devices: list[torch.device] = []
-
-        def keep(tensor: Tensor) -> Tensor:
-            devices.append(tensor.device)
-            return self._spill.keep(tensor)
-
-        args, kwargs = map_tensors((inputs.args, inputs.kwargs), keep)
-        self._inputs.append((ModelInputs(args, kwargs), devices))
+        self._inputs.append(KeptInputs(inputs, self._spill))
 
     @property
     def batches(self) -> int:
@@ -77,12 +71,16 @@ class FloatRows:
 
     def inputs(self, batch: int) -> ModelInputs:
         """Of one batch, each tensor a copy where it was."""
-        kept, devices = self._inputs[batch]
-        places = iter(devices)
-        args, kwargs = map_tensors(
-            (kept.args, kept.kwargs), lambda tensor: tensor.clone().to(next(places))
-        )
-        return ModelInputs(args, kwargs)
+        return self._inputs[batch].taken()
+
+    def set_aside(self, x: Tensor) -> None:
+        """Moves the input of a layer at which its pass will wait to the disk, if it is large.
+
+        What else is alive in a waiting forward has been such an input too, as a rule: a residual
+        branch begins with what a layer reads.
+        """
+        if x.nbytes * self.batches > WAITING_BYTES:
+            self._spill.set_aside(x)
 
     def take(self, layer: CompressedLayer, y: Tensor) -> None:
         """Samples a layer's float output in the present batch."""
@@ -144,12 +142,14 @@ class _Walk(Stage):
         rows: FloatRows,
         lockstep: Lockstep[_Rows],
         wanted: frozenset[str],
+        followed: set[str],
     ) -> None:
         self._batch = batch
         self._operands = operands
         self._rows = rows
         self._lockstep = lockstep
         self._wanted = wanted
+        self._followed = followed
 
     @without_autograd
     def run(self, layer: CompressedLayer, call: LayerCall) -> Tensor:
@@ -162,10 +162,18 @@ class _Walk(Stage):
         return self._operands[layer.name].run(layer, call)
 
     def _bring(self, layer: CompressedLayer, call: LayerCall) -> _Rows:
+        with without_autocast(call.x.device.type):
+            brought = self._brought(layer, call)
+        self._rows.set_aside(call.x)
+        return brought
+
+    def _brought(self, layer: CompressedLayer, call: LayerCall) -> _Rows:
         positions, targets = self._rows.of(layer.name, self._batch)
         raw = input_rows(layer, call, call.x, positions).float()
         follows = True
-        if self._batch == 0:
+        if layer.name not in self._followed:
+            # A call does not change its kind from batch to batch.
+            self._followed.add(layer.name)
             operands = self._operands[layer.name]
             # Integers, as the layer computes on them; what is outside the input is 0 there too.
             rows = operands.quantized_input(raw)
@@ -219,9 +227,9 @@ class Reconstruct:
         """Goes through the network once, with all batches in lockstep."""
         lockstep: Lockstep[_Rows] = Lockstep(list(self._settings), self._solve)
         wanted = frozenset(self._settings)
-        passes = []
+        passes, followed = [], set[str]()
         for batch in range(self._rows.batches):
-            stage = _Walk(batch, self._operands, self._rows, lockstep, wanted)
+            stage = _Walk(batch, self._operands, self._rows, lockstep, wanted, followed)
             passes.append(self._pass(batch, stage))
         with tqdm(total=len(wanted), desc="ADA", unit="layer", disable=None) as self._bar:
             lockstep.run(passes)
@@ -242,7 +250,8 @@ class Reconstruct:
         layer, factors = self._layers[name], self._factors[name]
         rounded = None
         if all(rows.follows for rows in brought):
-            rounded = self._rounded(layer, factors, brought)
+            with without_autocast(layer.weight.device.type):
+                rounded = self._rounded(layer, factors, brought)
         else:
             logger.warning("%s: its call cannot be followed by ADA; rounded to nearest", name)
         self.results[name] = Reconstruction(rounded, time.perf_counter() - started)
@@ -286,7 +295,8 @@ class Reconstruct:
             offset_d=offset_d,
         )
         weight = weight_from_matrices(layer, rounded.steps).to(torch.int8)
-        layer.bias.data.copy_(rounded.bias)
+        largest = limit * rounded.scale * scale_d
+        layer.bias.data.copy_(rounded.bias.clamp(-largest, largest))
         self._factors[name] = found
         self._operands[name] = IntegerOperands.of(layer, found, weight)
         return rounded

@@ -29,6 +29,11 @@ class ChannelRange:
             self.lo = torch.minimum(self.lo, rows.amin(0).float())
             self.hi = torch.maximum(self.hi, rows.amax(0).float())
 
+    def merge(self, other: ChannelRange) -> None:
+        """Takes in what `other` has seen."""
+        self.lo = torch.minimum(self.lo, other.lo.to(self.lo.device))
+        self.hi = torch.maximum(self.hi, other.hi.to(self.hi.device))
+
     @property
     def magnitude(self) -> Tensor:
         """max |x| of each channel, float32 [K]."""
