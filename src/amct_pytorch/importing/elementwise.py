@@ -361,7 +361,9 @@ def _layer_norm(
     axis = op.get("axis", -1) % x.dim()
     shape = x.shape[axis:]
     eps = op.get("epsilon", 1e-5)
-    y = F.layer_norm(x, shape, scale.expand(shape), None if bias is None else bias.expand(shape), eps)
+    y = F.layer_norm(
+        x, shape, scale.expand(shape), None if bias is None else bias.expand(shape), eps
+    )
     if op.outputs == 1:
         return y
     axes = list(range(axis, x.dim()))

@@ -60,9 +60,7 @@ def _module(built: nn.Module, weight: nn.Parameter, bias: nn.Parameter | None) -
     return built.eval()
 
 
-def convolution(
-    op: Operator, weight: nn.Parameter, bias: nn.Parameter | None
-) -> nn.Module | None:
+def convolution(op: Operator, weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Module | None:
     """The layer of a Conv node, or None where torch has none."""
     number = weight.dim() - 2
     if not 1 <= number <= 3:

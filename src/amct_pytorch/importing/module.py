@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -98,6 +99,23 @@ class OnnxModule(nn.Module):
             _place(self, path, layer)
         self.constants = Constants(tensors)
 
+    @classmethod
+    def taking(cls, number: int) -> type[OnnxModule]:
+        """The class whose forward says that it takes `number` tensors.
+
+        torch's exporter assigns dynamic axes to the parameters of the signature.
+        """
+        positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        names = ["self", *(f"input_{i}" for i in range(number))]
+
+        def forward(self: OnnxModule, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+            return cls.forward(self, *inputs)
+
+        forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [inspect.Parameter(name, positional) for name in names]
+        )
+        return type(cls.__name__, (cls,), {"forward": forward, "__doc__": cls.__doc__})
+
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         """The graph's outputs.
 
@@ -109,7 +127,7 @@ class OnnxModule(nn.Module):
         known: dict[str, Value] = dict(zip(self.input_names, inputs, strict=True))
         for step in self._steps:
             if step.layer is not None:
-                result = self.get_submodule(step.layer)(known[step.inputs[0]])
+                result = self.get_submodule(step.layer)(tensor(known[step.inputs[0]]))
             else:
                 result = self._computed(step, known)
             results = result if isinstance(result, tuple) else (result,)

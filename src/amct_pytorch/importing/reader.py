@@ -160,7 +160,7 @@ class _Reader:
         used = {name for step in self.steps if step.layer is None for name in step.inputs}
         used.update(name for name in outputs if name in self.constants)
         kept = {name: self.constants[name] for name in self.constants if name in used}
-        module = OnnxModule(
+        module = OnnxModule.taking(len(inputs))(
             [value.name for value in inputs],
             outputs,
             _with_last_uses(self.steps, self._outputs),
@@ -279,7 +279,9 @@ class _Reader:
             matrix = self.constants.get(names[0])
             if matrix is None or matrix.dim() != 2 or not matrix.is_floating_point():
                 return None
-            return None if op.get("axis", 0) else (layers.embedding(self._weight(names[0])), outputs)
+            return (
+                None if op.get("axis", 0) else (layers.embedding(self._weight(names[0])), outputs)
+            )
         if len(names) < 2 or any(name and name not in self.constants for name in names[1:]):
             return None
         if not self.constants[names[1]].is_floating_point():

@@ -1,0 +1,1 @@
+"""Ledgers as one self-contained HTML page."""
