@@ -8,7 +8,7 @@ import json
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -145,7 +145,7 @@ def _line(error: BaseException) -> str:
     )
 
 
-def table(header: tuple[str, ...], rows: list[tuple[str, ...]], right: str = "") -> str:
+def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]], right: str = "") -> str:
     """Rows in columns.
 
     Args:

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from amct_pytorch.cli.command import GoalMissed, Output, bytes_text, subcommand, table
 from amct_pytorch.cli.data_options import data_options
 from amct_pytorch.cli.goal_options import goal_options
-
-if TYPE_CHECKING:
-    from amct_pytorch.cli.data import Data
-    from amct_pytorch.cli.models import Runner
 
 
 @subcommand("compare")
@@ -46,10 +41,9 @@ def command(
     models run on the toolkit's own exact integers, all others in ONNX Runtime, with kernels that do
     not clip. Use data that calibration did not see.
     """
-    from tqdm import tqdm
-
+    from amct_pytorch.cli.comparing import compared
     from amct_pytorch.cli.data_options import opened
-    from amct_pytorch.cli.measure import Goals, OutputAgreement
+    from amct_pytorch.cli.measure import Goals
     from amct_pytorch.cli.models import check_same_inputs, runner
 
     reference = runner(float_, "FLOAT", threads)
@@ -60,16 +54,7 @@ def command(
     output.note(f"data: {found}")
     if preprocessing is not None:
         output.note(f"images: {preprocessing}")
-    outputs: list[OutputAgreement] = []
-    for batch in tqdm(found, "comparing", len(found), leave=False, unit="batch", disable=None):
-        meant = reference.run(None, _feeds(reference, batch))
-        got = other.run(None, _feeds(other, batch))
-        if not outputs:
-            _check_outputs(reference, other, meant, got)
-            outputs = [OutputAgreement(name) for name in reference.output_names]
-        for one, a, b in zip(outputs, meant, got, strict=True):
-            one.add(a, b)
-    times = _latency(reference, other, found, rounds)
+    outputs, about = compared(reference, other, found, rounds)
     goals = Goals(min_sqnr, min_cosine, min_top1)
     missed = [
         text
@@ -78,59 +63,11 @@ def command(
             one.as_dict()["sqnr_db"], one.cosine, one.top1_agreement, f"output {one.name!r}"
         )
     ]
-    output.document = {
-        "samples": found.samples,
-        "outputs": [one.as_dict() for one in outputs],
-        "models": {
-            "float": _about(reference, float_, times.get("float")),
-            "quant": _about(other, quantized, times.get("quant")),
-        },
-        "speed_up": times.get("speed_up"),
-        "goals_missed": missed,
-    }
+    about["models"]["float"]["model"], about["models"]["quant"]["model"] = float_, quantized
+    output.document = {**about, "goals_missed": missed}
     _tell(output, outputs)
     if missed:
         raise GoalMissed("; ".join(missed))
-
-
-def _feeds(model: Runner, batch: tuple[Any, ...]) -> dict[str, Any]:
-    return dict(zip([spec.name for spec in model.inputs], batch, strict=True))
-
-
-def _check_outputs(reference: Runner, other: Runner, meant: list[Any], got: list[Any]) -> None:
-    from amct_pytorch.errors import ArgumentValueError
-
-    if len(meant) != len(got):
-        raise ArgumentValueError(
-            f"FLOAT has {len(meant)} outputs ({', '.join(reference.output_names)}), QUANT "
-            f"{len(got)} ({', '.join(other.output_names)})"
-        )
-
-
-def _latency(reference: Runner, other: Runner, data: Data, rounds: int) -> dict[str, float]:
-    """Median milliseconds of each, and the median ratio of two calls that follow each other."""
-    if not rounds:
-        return {}
-    from amct_pytorch.export.runtime import interleaved_latency
-
-    batch = data.batch(0)
-    one = batch if data.fixed else tuple(array[:1] for array in batch)
-    models: dict[str, Any] = {"float": reference, "quant": other}
-    feeds = {name: _feeds(model, one) for name, model in models.items()}
-    times = interleaved_latency(models, feeds, rounds, warm_up=3)
-    found = {name: statistics.median(values) for name, values in times.items()}
-    ratios = [a / b for a, b in zip(times["float"], times["quant"], strict=True)]
-    return {**found, "speed_up": statistics.median(ratios)}
-
-
-def _about(model: Runner, name: str, milliseconds: float | None) -> dict[str, Any]:
-    return {
-        "model": name,
-        "kind": model.kind,
-        "runs_in": model.runtime,
-        "bytes": model.bytes,
-        "milliseconds": milliseconds,
-    }
 
 
 def _tell(output: Output, outputs: list[Any]) -> None:

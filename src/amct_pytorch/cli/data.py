@@ -355,12 +355,12 @@ class _Column:
         rest = self.spec.shape[1:] if self.spec.shape else None
         if rest is None or not all(isinstance(n, int) for n in rest):
             raise ArgumentValueError(
-                f"--data has .bin files for input {self.spec.name!r}, and their shape is not known: "
+                f"--data has .bin files for input {self.spec.name!r}, whose shape is not known: "
                 f"give --shape '{self.spec.name}:n,c,h,w'"
             )
-        sample = int(np.prod(rest, dtype=np.int64)) * item  # type: ignore[arg-type]
+        sample = int(np.prod([n for n in rest if isinstance(n, int)], dtype=np.int64)) * item
         if size == 0 or size % sample:
             raise ArgumentValueError(
                 f"{file} has {size} bytes; a sample of input {self.spec.name!r} has {sample}"
             )
-        return (size // sample, *rest)  # type: ignore[return-value]
+        return (size // sample, *(int(n) for n in rest if isinstance(n, int)))

@@ -29,6 +29,8 @@ from amct_pytorch.report.ledger import Ledger, decibels
 
 # Steps of AdaRound where --accuracy best asks for it, as benchmarks/best_settings.py measures it.
 BEST_ITERATIONS = 200
+# Timed calls of each model for the report.
+REPORT_ROUNDS = 10
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ def _key(file: Path) -> str:
     for key in ("fake_quant_model", "deploy_model", "qdq_model", "modified_model"):
         if file.stem.endswith(key):
             return key
-    for key in ("ledger", "config", "record", "preprocessing", "report"):
+    for key in ("comparison", "config", "ledger", "preprocessing", "record", "report"):
         if file.stem.endswith(key):
             return key
     return file.name
@@ -275,9 +277,23 @@ class _Making:
 
     def report(self) -> None:
         """The HTML page of the ledger."""
+        from amct_pytorch.cli.comparing import compared
+        from amct_pytorch.cli.models import TorchRunner, runner
         from amct_pytorch.report.html import write_report
 
-        write_report(self.path("ledger.json"), self.path("report.html"))
+        self._note("comparing with float on the same data, for the report")
+        model = self._model
+        quantized = "qdq_model.onnx" if self._request.qdq else "deploy_model.onnx"
+        reference = (
+            TorchRunner(model.module, model.input_names, model.output_names or [])
+            if model.file is None
+            else runner(str(model.file), "MODEL")
+        )
+        other = runner(str(self.path(quantized)), "QUANT")
+        _, document = compared(reference, other, self._data, REPORT_ROUNDS)
+        comparison = self.path("comparison.json")
+        comparison.write_text(json.dumps(document, indent=4) + "\n")
+        write_report(self.path("ledger.json"), self.path("report.html"), comparison=comparison)
 
 
 def _batch_num_of(text: str, source: Path) -> Any:

@@ -22,7 +22,8 @@ from amct_pytorch.cli.command import Output, bytes_text, subcommand
 @click.option(
     "--comparison",
     type=click.Path(path_type=Path),
-    help="What `amct compare --json` printed: accuracy and latency on data of your own.",
+    help="What `amct compare --json` printed: accuracy and latency on data of your own [default: "
+    "found beside the ledger].",
 )
 def command(
     output: Output, ledger: Path, out: Path | None, ranking: Path | None, comparison: Path | None

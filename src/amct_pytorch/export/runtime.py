@@ -24,8 +24,12 @@ class Runs(Protocol):
 
 
 def fast_kernels_clip() -> bool:
-    """Whether ONNX Runtime's fast u8 x s8 kernels give wrong sums on this machine (tried once)."""
-    return "u8s8" not in exact_kernels("Conv")
+    """Whether ONNX Runtime's fast u8 x s8 kernels give wrong sums on this machine (tried once).
+
+    The kernels of fused layers are those of MatMulInteger; ConvInteger may have others, exact
+    ones, on the same machine.
+    """
+    return any("u8s8" not in exact_kernels(op_type) for op_type in ("MatMul", "Conv"))
 
 
 def cpu_options(threads: int = 1, exact_int8: bool = True) -> ort.SessionOptions:

@@ -10,6 +10,7 @@ from amct_pytorch.flows.calibration import CalibrationResult
 from amct_pytorch.graph.layers import LAYER_KINDS, SeenLayer
 from amct_pytorch.graph.look import ModelGraph
 from amct_pytorch.nn.reconstruct import ADA_KINDS, Reconstruction
+from amct_pytorch.report.layer_facts import describe_input, describe_size, traced_network
 from amct_pytorch.report.ledger import LayerEntry, Ledger, decibels
 
 
@@ -50,7 +51,8 @@ def calibration_ledger(
     order = {name: i for i, name in enumerate(graph.module_names)}
     entries.sort(key=lambda entry: order.get(entry.name, -1))
     rounded = {name: round(value, 4) for name, value in seconds.items()}
-    return Ledger("quantize_model", entries, result.output, rounded)
+    network = traced_network(graph)
+    return Ledger("quantize_model", entries, result.output, rounded, network=network)
 
 
 def _parameters(layer: SeenLayer) -> int:
@@ -91,6 +93,8 @@ def _quantized(
         input_offset=factors.offset_d,
         input_range=(observed.low, observed.high),
     )
+    describe_input(entry, factors, observed)
+    describe_size(entry, layer, result.statistics[layer.name].output_shape)
     if LAYER_KINDS[layer.kind].weighted:
         entry.weight_bits = factors.weight_bits
         entry.weight_scales = len(factors.scale_w)

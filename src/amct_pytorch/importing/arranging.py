@@ -195,7 +195,7 @@ def _gather_nd(op: Operator, x: Tensor, indices: Tensor) -> Tensor:
             for axis, size in enumerate(shape)
         ]
         places = [place.expand(indices.shape[:-1]) for place in own]
-        return x[(*places, *indices.unbind(-1))]
+        return x[tuple(places) + tuple(indices.unbind(-1))]
     return x[tuple(indices.unbind(-1))]
 
 

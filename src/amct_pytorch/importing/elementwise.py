@@ -165,7 +165,9 @@ def _celu(op: Operator, x: Tensor) -> Tensor:
 @operator("Selu")
 def _selu(op: Operator, x: Tensor) -> Tensor:
     alpha, gamma = op.get("alpha", 1.67326319217681884765625), op.get("gamma", 1.0507010221481323)
-    return gamma * (torch.clamp(x, min=0) + torch.clamp(alpha * (torch.exp(x) - 1), max=0))
+    positive, negative = torch.clamp(x, min=0), torch.clamp(alpha * (torch.exp(x) - 1), max=0)
+    scaled: Tensor = gamma * (positive + negative)
+    return scaled
 
 
 @operator("ThresholdedRelu")
@@ -287,9 +289,9 @@ def _reduce_prod(op: Operator, x: Tensor, axes: Value = None) -> Tensor:
 
 def _arg(op: Operator, x: Tensor, function: Callable[..., Tensor]) -> Tensor:
     axis, keep = op.get("axis", 0) % x.dim(), bool(op.get("keepdims", 1))
-    if not op.get("select_last_index", 0):
-        return function(x, axis, keep)
-    return x.shape[axis] - 1 - function(x.flip(axis), axis, keep)
+    last = bool(op.get("select_last_index", 0))
+    found: Tensor = function(x.flip(axis) if last else x, axis, keep)
+    return x.shape[axis] - 1 - found if last else found
 
 
 @operator("ArgMax")
@@ -334,7 +336,7 @@ def _matmul(_: Operator, a: Tensor, b: Tensor) -> Tensor:
 def _gemm(op: Operator, a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
     a = a.t() if op.get("transA", 0) else a
     b = b.t() if op.get("transB", 0) else b
-    product = torch.matmul(a, b) * op.get("alpha", 1.0)
+    product: Tensor = torch.matmul(a, b) * op.get("alpha", 1.0)
     return product if c is None else product + c * op.get("beta", 1.0)
 
 
@@ -401,7 +403,7 @@ def _batch_norm(
 
 @operator("LpNormalization")
 def _lp_norm(op: Operator, x: Tensor) -> Tensor:
-    norm = torch.linalg.vector_norm(x, op.get("p", 2), op.get("axis", -1), keepdim=True)
+    norm: Tensor = torch.linalg.vector_norm(x, op.get("p", 2), op.get("axis", -1), keepdim=True)
     return x / norm
 
 

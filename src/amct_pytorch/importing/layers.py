@@ -55,8 +55,8 @@ Weights = Mapping[str, nn.Parameter]
 
 
 def _module(built: nn.Module, weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Module:
-    built.weight = weight
-    built.bias = bias
+    built.register_parameter("weight", weight)
+    built.register_parameter("bias", bias)
     return built.eval()
 
 
@@ -78,10 +78,10 @@ def convolution(op: Operator, weight: nn.Parameter, bias: nn.Parameter | None) -
         "bias": False,
         "device": "meta",
     }
-    kind = (_CONV if plain else _PADDED)[number - 1]
+    kind: Any = (_CONV if plain else _PADDED)[number - 1]
     built = kind(weight.shape[1] * groups, weight.shape[0], **arguments)
     if not plain:
-        built.operator = op  # type: ignore[assignment]
+        built.operator = op
     return _module(built, weight, bias)
 
 
@@ -109,7 +109,7 @@ def transposed_convolution(
     if not plain and number != 2:
         return None
     groups = op.get("group", 1)
-    kind = _CONV_TRANSPOSE[number - 1] if plain else CroppedConvTranspose2d
+    kind: Any = _CONV_TRANSPOSE[number - 1] if plain else CroppedConvTranspose2d
     built = kind(
         weight.shape[0],
         weight.shape[1] * groups,
@@ -123,7 +123,7 @@ def transposed_convolution(
         device="meta",
     )
     if not plain:
-        built.pads = pads  # type: ignore[assignment]
+        built.pads = pads
     return _module(built, weight, bias)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import onnx
 import torch
-from onnx import NodeProto, TensorProto, helper, numpy_helper
+from onnx import NodeProto, TensorProto, helper, inliner, numpy_helper
 from torch import Tensor, nn
 
 from amct_pytorch.errors import ModelError
@@ -87,7 +87,7 @@ def read_onnx_module(path: PathLike, what: str = "model") -> ImportedModel:
     """
     model = load_onnx(path, what)
     if model.functions:
-        model = onnx.inliner.inline_local_functions(model)
+        model = inliner.inline_local_functions(model)
     _check_operators(model, f"{what}: {str(path)!r}")
     return _Reader(model, f"{what}: {str(path)!r}").read()
 
@@ -254,8 +254,10 @@ class _Reader:
         values: list[Value] = []
         for name in node.input:
             value = self.constants[name] if name else None
-            whole = value is not None and value.dtype == torch.int64
-            values.append(host(value) if whole and value.numel() <= LARGEST_HOST else value)
+            if value is not None and value.dtype == torch.int64 and value.numel() <= LARGEST_HOST:
+                values.append(host(value))
+            else:
+                values.append(value)
         try:
             result = computed(op, OPERATORS[op.op_type], values)
         except Exception as error:

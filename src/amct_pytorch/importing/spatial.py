@@ -146,7 +146,7 @@ def _global_max_pool(_: Operator, x: Tensor) -> Tensor:
     return x.amax(list(range(2, x.dim())), keepdim=True)
 
 
-_RESIZES = {
+_RESIZES: dict[tuple[Any, ...], dict[str, Any]] = {
     ("nearest", "asymmetric", "floor"): {"mode": "nearest"},
     ("nearest", "half_pixel", "round_prefer_floor"): {"mode": "nearest-exact"},
     ("nearest", "half_pixel", "round_prefer_ceil"): {"mode": "nearest-exact"},
