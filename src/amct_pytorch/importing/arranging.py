@@ -282,6 +282,8 @@ def _depth_to_space(op: Operator, x: Tensor) -> Tensor:
 
 @operator("SpaceToDepth")
 def _space_to_depth(op: Operator, x: Tensor) -> Tensor:
+    if op.get("mode", "DCR") != "DCR":
+        raise NotImplementedError(f"SpaceToDepth with mode {op.get('mode')}")
     size = op.get("blocksize")
     n, c, h, w = x.shape
     y = x.reshape(n, c, h // size, size, w // size, size).permute(0, 3, 5, 1, 2, 4)

@@ -226,7 +226,9 @@ def _cast_like(_: Operator, x: Tensor, like: Tensor) -> Tensor:
 
 
 @operator("Identity", "Dropout", on_host=lambda _, x, *__: x)
-def _identity(_: Operator, x: Tensor, *__: Tensor) -> Tensor:
+def _identity(op: Operator, x: Tensor, *more: Tensor) -> Tensor:
+    if op.outputs > 1 or (len(more) > 1 and bool(more[1])):
+        raise NotImplementedError("Dropout in training")
     return x
 
 
@@ -351,8 +353,8 @@ def _host_range(_: Operator, *ends: np.ndarray) -> Any:
 def _range(_: Operator, start: Value, limit: Value, delta: Value) -> Tensor:
     ends = [host(end).reshape(-1)[0] for end in (start, limit, delta)]
     ends = [end.item() if isinstance(end, np.generic) else end for end in ends]
-    floating = any(isinstance(end, float) for end in ends)
-    dtype = torch.from_numpy(host(start)).dtype if floating else torch.int64
+    known = host(start).dtype
+    dtype = torch.int64 if known == object else torch.from_numpy(host(start)).dtype
     return torch.arange(*ends, dtype=dtype)
 
 
@@ -398,6 +400,8 @@ def _group_norm(op: Operator, x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
 def _batch_norm(
     op: Operator, x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, variance: Tensor
 ) -> Tensor:
+    if op.get("training_mode", 0):
+        raise NotImplementedError("BatchNormalization in training")
     return F.batch_norm(x, mean, variance, scale, bias, eps=op.get("epsilon", 1e-5))
 
 

@@ -155,7 +155,8 @@ def average_pool(op: Operator) -> nn.Module | None:
     kernel = op.get("kernel_shape")
     pads = op.get("pads", [0] * 2 * len(kernel))
     dilated = any(d != 1 for d in op.get("dilations", [1]))
-    if len(kernel) != 2 or pads[:2] != pads[2:] or dilated:
+    wide = any(2 * pad > size for pad, size in zip(pads, kernel, strict=False))
+    if len(kernel) != 2 or pads[:2] != pads[2:] or dilated or wide:
         return None
     if op.get("auto_pad", "NOTSET") not in ("NOTSET", "", "VALID"):
         return None

@@ -85,11 +85,23 @@ def read_onnx_module(path: PathLike, what: str = "model") -> ImportedModel:
         FileMissingError, FileAccessError, ExportError: see `load_onnx`.
         ModelError: it is quantized already, or has operators that cannot be read; all are named.
     """
-    model = load_onnx(path, what)
+    return imported(load_onnx(path, what), f"{what}: {str(path)!r}")
+
+
+def imported(model: onnx.ModelProto, source: str) -> ImportedModel:
+    """The same of a model in memory.
+
+    Args:
+        model: with its tensors.
+        source: what it is, for messages.
+
+    Raises:
+        ModelError: see `read_onnx_module`.
+    """
     if model.functions:
         model = inliner.inline_local_functions(model)
-    _check_operators(model, f"{what}: {str(path)!r}")
-    return _Reader(model, f"{what}: {str(path)!r}").read()
+    _check_operators(model, source)
+    return _Reader(model, source).read()
 
 
 def _check_operators(model: onnx.ModelProto, source: str) -> None:
@@ -284,7 +296,11 @@ class _Reader:
             return (
                 None if op.get("axis", 0) else (layers.embedding(self._weight(names[0])), outputs)
             )
-        if len(names) < 2 or any(name and name not in self.constants for name in names[1:]):
+        if (
+            len(names) < 2
+            or not names[1]
+            or any(name and name not in self.constants for name in names[1:])
+        ):
             return None
         if not self.constants[names[1]].is_floating_point():
             return None

@@ -170,7 +170,9 @@ def _resize(
         key = (*key, op.get("nearest_mode", "round_prefer_floor"))
     if mode == "cubic":
         key = (*key, op.get("cubic_coeff_a", -0.75))
-    if key not in _RESIZES or op.get("antialias", 0) or op.get("exclude_outside", 0):
+    policy = op.get("keep_aspect_ratio_policy", "stretch")
+    other = op.get("antialias", 0) or op.get("exclude_outside", 0) or op.get("axes") is not None
+    if key not in _RESIZES or other or policy != "stretch":
         raise NotImplementedError(f"Resize with {', '.join(map(str, key))}")
     number = x.dim() - 2
     arguments: dict[str, Any] = dict(_RESIZES[key])
