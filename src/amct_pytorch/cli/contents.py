@@ -10,7 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from amct_pytorch.errors import AmctError, ConfigError, FileAccessError, FileMissingError
+from amct_pytorch.errors import (
+    AmctError,
+    ConfigError,
+    ExportError,
+    FileAccessError,
+    FileMissingError,
+)
 
 
 @dataclass
@@ -51,7 +57,14 @@ def contents_of(path: Path) -> Contents:
     if _is_text(head):
         text = path.read_text(encoding="utf-8-sig", errors="replace")
         return _json(path, text) if text.lstrip()[:1] in ("{", "[") else _protobuf_text(path, text)
-    return _onnx(path)
+    try:
+        return _onnx(path)
+    except ExportError as error:
+        if path.suffix == ".onnx":
+            raise
+        raise ConfigError(
+            f"{path} is none of the files that amct knows (as ONNX: {error})"
+        ) from error
 
 
 def _is_text(head: bytes) -> bool:
@@ -307,12 +320,13 @@ def _onnx(path: Path) -> Contents:
     graph = model.graph
     operators = Counter(node.op_type for node in graph.node)
     constants = {tensor.name for tensor in graph.initializer}
+    most = ", ".join(f"{number} {name}" for name, number in operators.most_common(8))
     facts: dict[str, Any] = {
         "bytes": size_on_disk(path),
         "opset": max((o.version for o in model.opset_import if not o.domain), default=0),
         "inputs": ", ".join(_value(v) for v in graph.input if v.name not in constants),
         "outputs": ", ".join(_value(v) for v in graph.output),
-        "nodes": f"{len(graph.node)} ({', '.join(f'{n} {op}' for op, n in operators.most_common(8))})",
+        "nodes": f"{len(graph.node)} ({most})",
         "written by": model.producer_name,
     }
     types = Counter(onnx.TensorProto.DataType.Name(t.data_type) for t in graph.initializer)

@@ -354,7 +354,7 @@ def _range(_: Operator, start: Value, limit: Value, delta: Value) -> Tensor:
     ends = [host(end).reshape(-1)[0] for end in (start, limit, delta)]
     ends = [end.item() if isinstance(end, np.generic) else end for end in ends]
     known = host(start).dtype
-    dtype = torch.int64 if known == object else torch.from_numpy(host(start)).dtype
+    dtype = torch.int64 if known.hasobject else torch.from_numpy(host(start)).dtype
     return torch.arange(*ends, dtype=dtype)
 
 
