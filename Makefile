@@ -24,11 +24,12 @@ PY_DIRS := $(wildcard src tests examples benchmarks docs)
 .PHONY: help env test fuzz lint format types docs proto demo bench bench-peers bench-table \
   bench-decomposition bench-finetune bench-flow bench-gptq bench-super-resolution bench-decode \
   bench-low-bit-peers bench-pruning bench-best bench-distillation bench-qat-flow bench-search \
-  real-models kv-cache language-model clean distclean
+  command-line real-models kv-cache language-model clean distclean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo         quantize EfficientNet-Lite0 and compare with float; files go to outputs/"
+	@echo "make command-line the same by the amct command, from an ONNX file and photos"
 	@echo "make test         ruff, mypy and pytest"
 	@echo "make lint         ruff and mypy only"
 	@echo "make docs         the documentation as a site, in outputs/site; broken links are errors"
@@ -125,6 +126,9 @@ proto: $(PROTO_VENV)/.stamp
 
 demo: env
 	$(BIN)/python examples/quantize_cnn.py
+
+command-line: env
+	PATH="$(abspath $(BIN)):$$PATH" sh examples/command_line.sh
 
 # Debian's mricron-data (or MRICRON_DIR) holds the scan of the 3-D network.
 real-models: env

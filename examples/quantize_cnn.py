@@ -29,11 +29,13 @@ from real_models import calibration_crops, efficientnet_lite0, heldout_crops
 from tqdm import tqdm
 
 import amct_pytorch as amct
+from amct_pytorch.report.html import write_report
 
 BATCH = 8
 FOLDER = Path("outputs") / "quantize_cnn"
 NEXT_STEPS = """What to do next
-  - Read lite0_ledger.json: what was done to each layer and the error it has now.
+  - Open lite0_report.html in a browser: what was done to each layer and the error it has now.
+    The same is in lite0_ledger.json, for programs.
   - Edit config.json (skip a layer, another range search) and run again:
     .venv/bin/python examples/quantize_cnn.py --keep-config
   - Run lite0_qdq_model.onnx with ONNX Runtime or any runtime that knows QuantizeLinear; on x86
@@ -159,6 +161,7 @@ def main() -> None:
     files["float"] = export_float(model, calibration[:2])
     heldout = heldout_crops()
     evaluate(files, heldout.images.numpy(), heldout.labels.numpy())
+    write_report(FOLDER / "lite0_ledger.json", FOLDER / "lite0_report.html")
     print(f"\nFiles in {FOLDER}/ ({time.perf_counter() - start:.0f} s in all):")
     for file in sorted(FOLDER.iterdir()):
         print(f"  {file.name:<32}{file.stat().st_size / 1e6:>8.2f} MB")

@@ -20,6 +20,7 @@ from amct_pytorch.low_bit.gptq import GptqOptions
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 AUTO_CALIBRATION_GUIDE = ROOT / "docs" / "auto_calibration.md"
+CLI_GUIDE = ROOT / "docs" / "cli.md"
 DECOMPOSITION_GUIDE = ROOT / "docs" / "decomposition.md"
 DISTILLATION_GUIDE = ROOT / "docs" / "distillation.md"
 FORMATS_GUIDE = ROOT / "docs" / "formats.md"
@@ -233,3 +234,43 @@ def test_the_scripts_of_the_pruning_guide_run(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert len(shown) == 5
     assert all(line in printed for line in shown)
+
+
+def test_the_commands_of_the_command_line_guide_run(tmp_path, monkeypatch):
+    from click.testing import CliRunner
+
+    from amct_pytorch.cli.root import COMMANDS
+    from amct_pytorch.cli.root import amct as command
+
+    text = CLI_GUIDE.read_text()
+    script = re.search(r"```sh\n(.*?)```", text, re.DOTALL)
+    assert script is not None
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5)).eval()
+    torch.onnx.export(model, (torch.zeros(2, 3, 8, 8),), "net.onnx", dynamo=True, verbose=False)
+    for name in ("samples.npy", "other.npy"):
+        np.save(name, torch.randn(16, 3, 8, 8).numpy())
+    for line in script.group(1).strip().splitlines():
+        name, *words = line.split()
+        assert name == "amct"
+        result = CliRunner().invoke(command, words)
+        assert result.exit_code == 0, (line, result.output)
+    assert Path("answers").is_dir()
+    assert Path("out/net_report.html").is_file()
+    told = set(re.findall(r"^\| `amct (\w+)", text, re.MULTILINE))
+    assert told == set(COMMANDS)
+
+
+def test_the_options_that_the_command_line_guide_names_exist():
+    from amct_pytorch.cli.root import COMMANDS
+    from amct_pytorch.cli.root import amct as command
+
+    known = {
+        option
+        for name in COMMANDS
+        for parameter in command.get_command(None, name).params
+        for option in parameter.opts
+    }
+    named = set(re.findall(r"--[a-z][a-z0-9-]+", CLI_GUIDE.read_text()))
+    assert named - known <= {"--help", "--min-"}

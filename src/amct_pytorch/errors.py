@@ -51,6 +51,10 @@ class ExportError(AmctError, RuntimeError):
     """The model, or an ONNX file, cannot be turned into the file asked for."""
 
 
+class PackageMissingError(AmctError, ImportError):
+    """A package that is not among the toolkit's own requirements is not installed."""
+
+
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     """`` (did you mean 'x'?)`` with the nearest of `candidates`, or an empty string."""
     close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)

@@ -6,7 +6,9 @@ import contextlib
 import logging
 import os
 import shutil
+import signal
 import stat
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,14 +181,42 @@ class WholeFiles:
 
     def _commit(self) -> None:
         existed = [staged.target.exists() for staged in self._staged]
-        for path in self._retired:
-            with _told("path", path):
-                path.unlink(missing_ok=True)
+        with interrupts_wait():
+            for path in self._retired:
+                with _told("path", path):
+                    path.unlink(missing_ok=True)
+            for staged in self._staged:
+                with _told(staged.what, staged.shown):
+                    staged.temporary.path.replace(staged.target)
         for staged, before in zip(self._staged, existed, strict=True):
-            with _told(staged.what, staged.shown):
-                staged.temporary.path.replace(staged.target)
             if before and staged.announce:
                 logger.warning("overwrote the existing file %s", staged.shown)
+
+
+@contextlib.contextmanager
+def interrupts_wait() -> Iterator[None]:
+    """Ctrl-C and SIGTERM take effect when the block has ended.
+
+    For a few renames that belong together. Only the main thread gets signals; elsewhere this does
+    nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number, handler in before.items():
+        if handler is not None:  # None: it is not Python's to change
+            signal.signal(number, lambda found, _: came.append(found))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None:
+                signal.signal(number, handler)
+        for number in came[:1]:
+            signal.raise_signal(number)
 
 
 @dataclass(frozen=True)

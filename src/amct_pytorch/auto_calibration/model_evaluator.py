@@ -108,9 +108,9 @@ class ModelEvaluator(AutoCalibrationEvaluatorBase):
         for what, value in parts.items():
             if not isinstance(value, str):
                 raise ArgumentTypeError(f"{what} is of type {type(value).__name__}; allowed is str")
-        shapes = [_shape(part) for part in _split(input_shape, "input_shape")]
+        shapes = parse_shapes(input_shape)
         folders = _split(data_dir, "data_dir")
-        types = _split(data_types, "data_types")
+        types = parse_dtypes(data_types)
         for what, found in (("data_dir", folders), ("data_types", types)):
             if len(found) != len(shapes) and not (what == "data_types" and len(found) == 1):
                 raise ArgumentValueError(
@@ -122,7 +122,7 @@ class ModelEvaluator(AutoCalibrationEvaluatorBase):
             raise ArgumentValueError(f"input_shape is {shown(input_shape)}: a name stands twice")
         types = types * len(shapes) if len(types) == 1 else types
         self._inputs = [
-            BinaryInput(name, Path(folder), shape, _dtype(kind), _files(folder))
+            BinaryInput(name, Path(folder), shape, np.dtype(kind), _files(folder))
             for (name, shape), folder, kind in zip(shapes, folders, types, strict=True)
         ]
         self._reference: list[list[Tensor]] = []
@@ -214,24 +214,39 @@ def _split(text: str, what: str) -> list[str]:
     return entries
 
 
-def _shape(text: str) -> tuple[str, tuple[int, ...]]:
+def parse_shapes(text: str, what: str = "input_shape") -> list[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of ``"name1:n,c,h,w;name2:n,c,h,w"``.
+
+    Raises:
+        ArgumentValueError: naming `what` and the entry that is wrong.
+    """
+    return [_shape(part, what) for part in _split(text, what)]
+
+
+def _shape(text: str, what: str) -> tuple[str, tuple[int, ...]]:
     name, colon, sizes = text.rpartition(":")
     sizes = sizes.replace(" ", "")
     if not colon or not name or not _SHAPE.fullmatch(sizes):
         raise ArgumentValueError(
-            f"input_shape has the entry {shown(text)}; allowed: 'name:n,c,h,w' with sizes of 1 "
-            "or more"
+            f"{what} has the entry {shown(text)}; allowed: 'name:n,c,h,w' with sizes of 1 or more"
         )
     return name, tuple(int(size) for size in sizes.split(","))
 
 
-def _dtype(name: str) -> np.dtype:
-    if name not in DTYPES:
-        raise ArgumentValueError(
-            f"data_types has the entry {shown(name)}{did_you_mean(name, DTYPES)}; allowed: "
-            f"{', '.join(DTYPES)}"
-        )
-    return np.dtype(name)
+def parse_dtypes(text: str, what: str = "data_types") -> list[str]:
+    """The element types of ``"float32;int64"``, each one of `DTYPES`.
+
+    Raises:
+        ArgumentValueError: naming `what` and the entry that is wrong.
+    """
+    names = _split(text, what)
+    for name in names:
+        if name not in DTYPES:
+            raise ArgumentValueError(
+                f"{what} has the entry {shown(name)}{did_you_mean(name, DTYPES)}; allowed: "
+                f"{', '.join(DTYPES)}"
+            )
+    return names
 
 
 def _files(folder: str) -> tuple[Path, ...]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import functools
+import inspect
 import logging
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -209,6 +210,8 @@ def _returning_tensors(model: nn.Module) -> nn.Module:
     def flat(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         return tuple(tensors_in(forward(*args, **kwargs)))
 
+    # Of the bound method: one that the function itself carries would count `self`.
+    flat.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
     model.forward = flat
     return model
 

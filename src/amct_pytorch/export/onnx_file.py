@@ -151,7 +151,7 @@ def save_onnx(
 def size_on_disk(path: PathLike) -> int:
     """Bytes of a model's file and of its external data."""
     file = Path(path)
-    parts = (file.parent / name for name in _data_files(file))
+    parts = (file.parent / name for name in data_files(file))
     return file.stat().st_size + sum(part.stat().st_size for part in parts)
 
 
@@ -185,7 +185,7 @@ def _split(
     _copy_fields(model, outside, but="graph")
     _copy_fields(model.graph, outside.graph, but="initializer")
     parts: dict[str, TensorProto] = {}
-    own = _data_files(file)
+    own = data_files(file)
     prefix = "" if suffix is not None else f"{file.stem}_"
     ending = ".external" if suffix is None else suffix
     for tensor in model.graph.initializer:
@@ -211,7 +211,7 @@ def _split(
     return outside, parts
 
 
-def _data_files(file: Path) -> set[str]:
+def data_files(file: Path) -> set[str]:
     """Names of the external data files that the model in a file has; none if it has no model."""
     try:
         model = _stored(file, tensors_stay=True).model

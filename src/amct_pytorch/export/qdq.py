@@ -13,10 +13,10 @@ from onnx import TensorProto
 
 from amct_pytorch.errors import ExportError
 from amct_pytorch.export.deploy_reader import WEIGHTED, DeployLayer, DeployModel, Quantizer
-from amct_pytorch.export.integer_kernels import exact_kernels
 from amct_pytorch.export.onnx_file import load_onnx, save_onnx
 from amct_pytorch.export.opset import IR_VERSION
 from amct_pytorch.export.qdq_plan import WHOLE, Closing, Code, QdqPlan, read_extra_ranges
+from amct_pytorch.export.runtime import fast_kernels_clip
 from amct_pytorch.export.widen import widen
 from amct_pytorch.files import PathLike, check_distinct, check_writable
 from amct_pytorch.graph.weight_layout import WeightLayout
@@ -78,7 +78,7 @@ def deploy_to_qdq(deploy_model_file: PathLike, save_file: PathLike) -> None:
             len(islands),
             ", ".join(islands),
         )
-    if "u8s8" not in exact_kernels("MatMul"):
+    if fast_kernels_clip():
         log.warning(
             "ONNX Runtime's u8 x int8 kernels saturate on this machine; run %s here with the "
             'session option "session.x64quantprecision" = "1"',

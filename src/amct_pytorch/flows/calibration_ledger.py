@@ -10,8 +10,9 @@ from amct_pytorch.flows.calibration import CalibrationResult
 from amct_pytorch.graph.layers import ADA_KINDS, LAYER_KINDS, SeenLayer
 from amct_pytorch.graph.look import ModelGraph
 from amct_pytorch.nn.reconstruct import Reconstruction
-from amct_pytorch.observers.histogram import Histogram
+from amct_pytorch.observers.statistics import LayerStatistics
 from amct_pytorch.record.factors import LayerFactors
+from amct_pytorch.report.layer_facts import describe_input, describe_size, traced_network
 from amct_pytorch.report.ledger import LayerEntry, Ledger, OutputEntry, decibels
 
 
@@ -71,7 +72,8 @@ def whole_ledger(
     order = {name: i for i, name in enumerate(graph.module_names)}
     sorted_entries = sorted([*entries, *others], key=lambda entry: order.get(entry.name, -1))
     rounded = {name: round(value, 4) for name, value in seconds.items()}
-    return Ledger(flow, sorted_entries, output, rounded)
+    network = traced_network(graph)
+    return Ledger(flow, sorted_entries, output, rounded, network=network)
 
 
 def float_entry(layer: SeenLayer, reason: str) -> LayerEntry:
@@ -80,16 +82,17 @@ def float_entry(layer: SeenLayer, reason: str) -> LayerEntry:
 
 
 def quantized_entry(
-    layer: SeenLayer, factors: LayerFactors, observed: Histogram, norm: str | None
+    layer: SeenLayer, factors: LayerFactors, statistics: LayerStatistics, norm: str | None
 ) -> LayerEntry:
     """The entry of a quantized layer, without its errors.
 
     Args:
         layer: the layer.
         factors: its factors.
-        observed: what was observed of its input.
+        statistics: what was observed of it.
         norm: the BatchNorm that was folded into it.
     """
+    observed = statistics.inputs
     entry = LayerEntry(
         layer.name,
         layer.kind,
@@ -100,6 +103,8 @@ def quantized_entry(
         input_offset=factors.offset_d,
         input_range=(observed.low, observed.high),
     )
+    describe_input(entry, factors, observed)
+    describe_size(entry, layer, statistics.output_shape)
     if LAYER_KINDS[layer.kind].weighted:
         entry.weight_bits = factors.weight_bits
         entry.weight_scales = len(factors.scale_w)
@@ -133,9 +138,8 @@ def _quantized(
     result: CalibrationResult,
 ) -> LayerEntry:
     factors = result.factors[layer.name]
-    observed = result.statistics[layer.name].inputs
     errors = result.errors.get(layer.name)
-    entry = quantized_entry(layer, factors, observed, fused.get(layer.name))
+    entry = quantized_entry(layer, factors, result.statistics[layer.name], fused.get(layer.name))
     if layer.name in notes:
         entry.notes.append(notes[layer.name])
     learned = result.rounded.get(layer.name)

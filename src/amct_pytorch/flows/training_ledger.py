@@ -46,8 +46,7 @@ def training_ledger(
         if name not in factors:
             entries.append(float_entry(layer, reasons.get(name, "it was not trained")))
             continue
-        observed = observe.statistics[name].inputs
-        entry = quantized_entry(layer, factors[name], observed, fused.get(name))
+        entry = quantized_entry(layer, factors[name], observe.statistics[name], fused.get(name))
         bits = settings[name].weight_bits
         if bits != factors[name].weight_bits:
             entry.notes.append(

@@ -65,6 +65,7 @@ class Observe(Stage):
             statistics.mean_input.update(call.x, channels_last=layer.kind.channel_axis == -1)
         self.calls[layer.name] = replace(call, x=call.x.new_empty(0))
         y = layer.float_result(call)
+        statistics.output_shape = tuple(y.shape)
         if statistics.outputs is not None:
             self._count(statistics.outputs, y, f"the output of layer {layer.name!r}")
         if self.last:

@@ -45,12 +45,14 @@ class LayerStatistics:
         outputs: histogram of its output over all batches, where that is wanted.
         mean_input: mean of its input over all batches, where biases are corrected.
         output: sample of its output on the last batch; None if it did not run on it.
+        output_shape: of its output on the batch seen last.
     """
 
     inputs: Histogram = field(default_factory=Histogram)
     outputs: Histogram | None = None
     mean_input: MeanInput | None = None
     output: Tensor | None = None
+    output_shape: tuple[int, ...] | None = None
 
     def merge(self, other: LayerStatistics) -> None:
         """Adds what was observed on other batches, all but the sample of the last one."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter
 
 from amct_pytorch.observers.statistics import Agreement
+from amct_pytorch.report.network import Network
 
 LEDGER_VERSION = 1
 # Below these the quantized model's output has little to do with the float model's.
@@ -19,6 +21,7 @@ POOR_COSINE = 0.95
 # Stands for minus infinity, which JSON cannot hold.
 LOST_DB = -999.0
 # For reading: no NaN or infinity, which `Ledger.to_json` does not write either.
+_NUMBERS = re.compile(r"\[\n\s*([-+.\deE]+(?:,\n\s*[-+.\deE]+)*)\n\s*\]")
 _FINITE = ConfigDict(allow_inf_nan=False)
 
 
@@ -31,6 +34,29 @@ def decibels(value: float | None) -> float | None:
     if value is None or value == math.inf:
         return None
     return value if math.isfinite(value) else LOST_DB
+
+
+def numbers_in_a_line(text: str) -> str:
+    """Indented JSON with each list of numbers on one line, for people who read it."""
+    # A line break is never inside a string, where JSON has it as two characters.
+    return _NUMBERS.sub(lambda found: f"[{', '.join(found[1].split())}]".replace(",,", ","), text)
+
+
+@dataclass
+class InputHistogram:
+    """What was observed at a layer's input, in equal bins.
+
+    Attributes:
+        low: lower end of the first bin, the smallest value observed.
+        high: upper end of the last bin, the largest value observed.
+        counts: values in each bin, spread from finer ones and rounded.
+    """
+
+    __pydantic_config__ = _FINITE
+
+    low: float
+    high: float
+    counts: list[int]
 
 
 @dataclass
@@ -56,6 +82,11 @@ class LayerEntry:
         sqnr_db_uncorrected: sqnr_db without this layer's bias correction.
         bias_corrected: whether a corrected bias is deployed.
         notes: whatever was clamped, rolled back or fell back.
+        input_bits: bits of the integers that its input becomes.
+        input_histogram: of all values observed at its input.
+        weight_shape: shape of its weight.
+        output_shape: shape of its output on one calibration batch.
+        macs: multiply-accumulates on one sample.
     """
 
     __pydantic_config__ = _FINITE
@@ -77,6 +108,11 @@ class LayerEntry:
     sqnr_db_uncorrected: float | None = None
     bias_corrected: bool | None = None
     notes: list[str] = field(default_factory=list)
+    input_bits: int | None = None
+    input_histogram: InputHistogram | None = None
+    weight_shape: list[int] | None = None
+    output_shape: list[int] | None = None
+    macs: int | None = None
 
 
 @dataclass
@@ -137,6 +173,7 @@ class Ledger:
         notes: what concerns the whole model.
         version: of this file's format.
         blocks: those that were distilled.
+        network: which layer feeds which.
     """
 
     __pydantic_config__ = _FINITE
@@ -149,10 +186,13 @@ class Ledger:
     notes: list[str] = field(default_factory=list)
     version: int = LEDGER_VERSION
     blocks: list[BlockEntry] = field(default_factory=list)
+    network: Network | None = None
 
     def to_json(self, indent: int | None = None) -> str:
         """JSON text; NaN and infinities never appear in it."""
-        return json.dumps(dataclasses.asdict(self), indent=indent, allow_nan=False)
+        return numbers_in_a_line(
+            json.dumps(dataclasses.asdict(self), indent=indent, allow_nan=False)
+        )
 
     @classmethod
     def from_json(cls, text: str) -> Ledger:

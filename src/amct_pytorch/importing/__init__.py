@@ -1,0 +1,1 @@
+"""ONNX files as torch modules, for models whose Python code is not at hand."""
