@@ -92,9 +92,11 @@ def test_the_script_of_the_decomposition_guide_runs_and_its_options_exist(tmp_pa
     script = re.search(r"```python\n(.*?)```", text, re.DOTALL)
     assert script is not None
     monkeypatch.chdir(tmp_path)
+    # On a busy machine the pieces may happen to be slower.
+    monkeypatch.setattr("amct_pytorch.flows.decomposition.measure", lambda *_: (2.0, 1.0))
     names: dict[str, object] = {}
     exec(compile(script.group(1), str(DECOMPOSITION_GUIDE), "exec"), names)
-    example = names["example"]
+    example = names["batches"][0]
     torch.testing.assert_close(names["fresh"](example), names["model"](example))
     assert names["changes"] == {"2": ["2.0", "2.1"]}
     parameters = inspect.signature(amct.auto_decomposition).parameters

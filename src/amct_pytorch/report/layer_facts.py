@@ -60,7 +60,7 @@ def traced_network(graph: ModelGraph) -> Network | None:
     trace = graph.trace
     read = {value for call in trace.ops for value in call.inputs}
     made = {value for call in trace.ops for value in call.outputs}
-    held = set(trace.parameter_values.values()) | trace.untraced
+    held = {*trace.parameter_values.values(), *trace.untraced, *trace.constants}
     given = sorted((read | set(trace.outputs)) - made - held)
     inputs = [(f"input {i}" if len(given) > 1 else "input", v) for i, v in enumerate(given)]
     outputs = [

@@ -155,10 +155,10 @@ def find_groups(sets: ChannelSets, slots: Sequence[Slot], blocks: Iterable[Block
         by_group.setdefault(int(home[roots[0]]), []).append((slot, roots))
     position = np.full(len(sets), -1, dtype=np.int64)
     orders = []
-    for members in by_group.values():
+    for rooted_here in by_group.values():
         # The largest layer's channels come first, in its order.
         order = np.concatenate(
-            [roots for _, roots in sorted(members, key=lambda member: -len(member[1]))]
+            [roots for _, roots in sorted(rooted_here, key=lambda one: -len(one[1]))]
         )
         _, first = np.unique(order, return_index=True)
         orders.append(order[np.sort(first)])
