@@ -24,6 +24,7 @@ FORMATS_GUIDE = ROOT / "docs" / "formats.md"
 GPTQ_GUIDE = ROOT / "docs" / "gptq.md"
 LOW_BIT_GUIDE = ROOT / "docs" / "low_bit_algorithms.md"
 PTQ_GUIDE = ROOT / "docs" / "ptq.md"
+SPARSITY_GUIDE = ROOT / "docs" / "sparsity.md"
 QUANTIZE_GUIDE = ROOT / "docs" / "low_bit.md"
 
 
@@ -160,3 +161,18 @@ def test_the_script_of_the_search_guide_runs(tmp_path, monkeypatch):
     exec(compile(script.group(1), str(AUTO_CALIBRATION_GUIDE), "exec"), {})
     record = json.loads(Path("out/accuracy_based_auto_calibration_record.json").read_text())
     assert record["trials"][-1]["accepted"] == Path("out/net_deploy_model.onnx").exists()
+
+
+def test_the_scripts_of_the_sparsity_guide_run(tmp_path, monkeypatch):
+    scripts = re.findall(r"```python\n(.*?)```", SPARSITY_GUIDE.read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names: dict[str, object] = {}
+    for script in scripts:
+        exec(compile(script, str(SPARSITY_GUIDE), "exec"), names)
+    for file in ("found.cfg", "halves.cfg", "out/net_ledger.json", "out/both_deploy_model.onnx"):
+        assert Path(file).exists(), file
+    ledger = json.loads(Path("found_ledger.json").read_text())
+    assert ledger["compress_ratio"][1] >= 1.6
+    entries = json.loads(Path("out/both_ledger.json").read_text())["layers"]
+    assert [entry["status"] for entry in entries] == ["float", "quantized", "quantized"]
