@@ -23,7 +23,7 @@ PY_DIRS := $(wildcard src tests examples benchmarks)
 .DEFAULT_GOAL := help
 .PHONY: help env test fuzz lint format types proto demo bench bench-peers bench-table \
   bench-decomposition bench-finetune bench-flow bench-gptq bench-super-resolution bench-decode \
-  bench-low-bit-peers bench-best real-models kv-cache language-model clean distclean
+  bench-low-bit-peers bench-pruning bench-best real-models kv-cache language-model clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -37,6 +37,7 @@ help:
 	@echo "make bench        run every contender whose environment is there; rewrite the table"
 	@echo "make bench-decomposition, make bench-finetune    figures of tensor decomposition"
 	@echo "make bench-flow   time and memory of the flow on a network of ResNet-50's shape"
+	@echo "make bench-pruning    ResNet-50's shape with half its channels, beside Torch-Pruning"
 	@echo "make bench-super-resolution    waifu2x beside ONNX Runtime's own quantizer"
 	@echo "make bench-best   ADA on EfficientNet-Lite0 and DMQ on MiniLM, beside the default settings"
 	@echo "make bench-gptq   one GPTQ layer against the textbook loop; SmolLM2-135M from end to end"
@@ -166,6 +167,10 @@ bench-super-resolution: env
 bench-decomposition: env
 	$(PIP) install --quiet --no-deps tensorly==0.10.0 tensorly-torch==0.5.0 opt_einsum scipy
 	$(BIN)/python benchmarks/decomposition.py --large
+
+bench-pruning: env
+	$(PIP) install --quiet --no-deps torch-pruning==1.6.1
+	$(BIN)/python benchmarks/pruning.py
 
 # Fashion-MNIST: the Debian package dataset-fashion-mnist, or FASHION_MNIST_DIR.
 bench-finetune: env

@@ -23,6 +23,7 @@ DECOMPOSITION_GUIDE = ROOT / "docs" / "decomposition.md"
 FORMATS_GUIDE = ROOT / "docs" / "formats.md"
 GPTQ_GUIDE = ROOT / "docs" / "gptq.md"
 LOW_BIT_GUIDE = ROOT / "docs" / "low_bit_algorithms.md"
+PRUNING_GUIDE = ROOT / "docs" / "pruning.md"
 PTQ_GUIDE = ROOT / "docs" / "ptq.md"
 SPARSITY_GUIDE = ROOT / "docs" / "sparsity.md"
 QUANTIZE_GUIDE = ROOT / "docs" / "low_bit.md"
@@ -161,6 +162,22 @@ def test_the_script_of_the_search_guide_runs(tmp_path, monkeypatch):
     exec(compile(script.group(1), str(AUTO_CALIBRATION_GUIDE), "exec"), {})
     record = json.loads(Path("out/accuracy_based_auto_calibration_record.json").read_text())
     assert record["trials"][-1]["accepted"] == Path("out/net_deploy_model.onnx").exists()
+
+
+def test_the_scripts_of_the_pruning_guide_run(tmp_path, monkeypatch, capsys):
+    scripts = re.findall(r"```python\n(.*?)```", PRUNING_GUIDE.read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names: dict[str, object] = {}
+    for script in scripts:
+        exec(compile(script, str(PRUNING_GUIDE), "exec"), names)
+    assert names["pruned"][0].out_channels == 16
+    assert names["restored"][3].weight.shape == (32, 16, 3, 3)
+    # The group is printed as the guide shows it.
+    shown = re.findall(r"^# (  producer.*|  follower.*|  consumer.*|group 0.*)$", scripts[1], re.M)
+    printed = capsys.readouterr().out
+    assert len(shown) == 5
+    assert all(line in printed for line in shown)
 
 
 def test_the_scripts_of_the_sparsity_guide_run(tmp_path, monkeypatch):

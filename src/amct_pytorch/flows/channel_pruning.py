@@ -271,8 +271,10 @@ def _parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _times(before: nn.Module, after: nn.Module, inputs: ModelInputs) -> tuple[float, float]:
+def _times(before: nn.Module, after: nn.Module, inputs: ModelInputs) -> tuple[float, float] | None:
     """Milliseconds of one forward of each, taking turns; the least of a few counts."""
+    if not ROUNDS:
+        return None
     models = [copy_sharing_weights(model).eval() for model in (before, after)]
     best = [float("inf"), float("inf")]
     began = time.perf_counter()

@@ -148,7 +148,9 @@ class _Recorder(TorchFunctionMode):
         self._alive: frozenset[int] = frozenset()
         self._next_value = 0
         named = [*model.named_parameters(), *model.named_buffers()]
+        # The model keeps these alive, so that their ids are theirs.
         self._parameters = {id(tensor): name for name, tensor in named}
+        self._parameter_values: dict[int, int] = {}
 
     def name_inputs(self, inputs: ModelInputs) -> None:
         for tensor in tensors_in((inputs.args, inputs.kwargs)):
@@ -160,15 +162,21 @@ class _Recorder(TorchFunctionMode):
 
     def _renew(self, tensor: Tensor) -> int:
         value, self._next_value = self._next_value, self._next_value + 1
-        self._values[tensor] = value
+        if id(tensor) in self._parameters:
+            self._parameter_values[id(tensor)] = value
+        else:
+            self._values[tensor] = value
         return value
 
     def _value(self, tensor: Tensor) -> int:
-        value = self._values.get(tensor)
+        parameter = self._parameters.get(id(tensor))
+        if parameter is None:
+            value = self._values.get(tensor)
+        else:
+            value = self._parameter_values.get(id(tensor))
         if value is not None:
             return int(value)
         value = self._renew(tensor)
-        parameter = self._parameters.get(id(tensor))
         if parameter is None:
             # Made where torch functions are not seen (a custom autograd function, a
             # compiled extension): it may depend on the input, so say that it does.

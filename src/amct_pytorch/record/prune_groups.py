@@ -119,6 +119,7 @@ def gone_of_record(record: RecordFile, graph: ChannelGraph) -> dict[int, np.ndar
                     f"{graph.why_whole(node.name)}"
                 )
             _check(node, [m for m in group.producers if m.slot.owner == node.name], place)
+        _check_together(entry.producer, together, place)
         groups = {group.index for group in together if group is not None}
         for node in entry.consumer:
             members = [
@@ -141,6 +142,19 @@ def gone_of_record(record: RecordFile, graph: ChannelGraph) -> dict[int, np.ndar
         return gone_of_layers(graph, going)
     except UnfitRemovalError as error:
         raise RecordError(f"{source}: it does not fit the model: {error}") from None
+
+
+def _check_together(nodes: Sequence[PruneNode], groups: Sequence[Group | None], place: str) -> None:
+    """Finds producers of the same channels that are apart in the model."""
+    for i, (node, group) in enumerate(zip(nodes, groups, strict=True)):
+        for other, others in zip(nodes[:i], groups[:i], strict=True):
+            begins = [attribute(one, "begin") for one in (node, other)]
+            ends = [attribute(one, "end") for one in (node, other)]
+            if max(begins) < min(ends) and group is not others:
+                raise RecordError(
+                    f"{place}: {other.name} and {node.name} make the same channels here; in the "
+                    "model they do not hang together"
+                )
 
 
 def _check(node: PruneNode, members: Sequence[Member], place: str) -> None:

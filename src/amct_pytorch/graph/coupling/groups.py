@@ -149,23 +149,31 @@ def find_groups(sets: ChannelSets, slots: Sequence[Slot], blocks: Iterable[Block
         roots = sets.roots(block.labels)
         if not balanced(roots, block.number):
             _join(groups, roots)
-    # The largest layer's channels come first, in its order.
+    home = groups.roots(np.arange(len(sets)))
     by_group: dict[int, list[tuple[Slot, np.ndarray]]] = {}
     for slot, roots in made:
-        by_group.setdefault(int(groups.roots(roots[:1])[0]), []).append((slot, roots))
-    found: list[Group] = []
+        by_group.setdefault(int(home[roots[0]]), []).append((slot, roots))
+    position = np.full(len(sets), -1, dtype=np.int64)
+    orders = []
     for members in by_group.values():
-        layout: dict[int, int] = {}
-        for _, roots in sorted(members, key=lambda member: -len(member[1])):
-            for root in roots.tolist():
-                layout.setdefault(root, len(layout))
-        position = np.full(len(sets), -1, dtype=np.int64)
-        position[list(layout)] = list(layout.values())
-        inside = [Member(slot, position[roots]) for slot, roots in rooted]
-        inside = [member for member in inside if (member.positions >= 0).any()]
-        inside.sort(key=lambda member: (member.slot.role is not Role.MAKES, member.slot.call))
-        staying = {at: reasons[root] for root, at in layout.items() if root in reasons}
-        found.append(Group(len(found), np.array(list(layout)), tuple(inside), staying))
+        # The largest layer's channels come first, in its order.
+        order = np.concatenate(
+            [roots for _, roots in sorted(members, key=lambda member: -len(member[1]))]
+        )
+        _, first = np.unique(order, return_index=True)
+        orders.append(order[np.sort(first)])
+        position[orders[-1]] = np.arange(len(orders[-1]))
+    inside: dict[int, list[Member]] = {group: [] for group in by_group}
+    for slot, roots in rooted:
+        homes = home[roots]
+        for group in np.unique(homes).tolist():
+            if group in inside:
+                inside[group].append(Member(slot, np.where(homes == group, position[roots], -1)))
+    found: list[Group] = []
+    for index, (group, order) in enumerate(zip(by_group, orders, strict=True)):
+        members = sorted(inside[group], key=lambda m: (m.slot.role is not Role.MAKES, m.slot.call))
+        staying = {at: reasons[root] for at, root in enumerate(order.tolist()) if root in reasons}
+        found.append(Group(index, order, tuple(members), staying))
     return found
 
 
