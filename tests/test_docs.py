@@ -29,6 +29,9 @@ LOW_BIT_GUIDE = ROOT / "docs" / "low_bit_algorithms.md"
 PRUNING_GUIDE = ROOT / "docs" / "pruning.md"
 PTQ_GUIDE = ROOT / "docs" / "ptq.md"
 QAT_GUIDE = ROOT / "docs" / "qat.md"
+
+
+SPARSITY_GUIDE = ROOT / "docs" / "sparsity.md"
 QUANTIZE_GUIDE = ROOT / "docs" / "low_bit.md"
 
 
@@ -276,3 +279,18 @@ def test_the_options_that_the_command_line_guide_names_exist():
     }
     named = set(re.findall(r"--[a-z][a-z0-9-]+", CLI_GUIDE.read_text()))
     assert named - known <= {"--help", "--min-"}
+
+
+def test_the_scripts_of_the_sparsity_guide_run(tmp_path, monkeypatch):
+    scripts = re.findall(r"```python\n(.*?)```", SPARSITY_GUIDE.read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names: dict[str, object] = {}
+    for script in scripts:
+        exec(compile(script, str(SPARSITY_GUIDE), "exec"), names)
+    for file in ("found.cfg", "halves.cfg", "out/net_ledger.json", "out/both_deploy_model.onnx"):
+        assert Path(file).exists(), file
+    ledger = json.loads(Path("found_ledger.json").read_text())
+    assert ledger["compress_ratio"][1] >= 1.6
+    entries = json.loads(Path("out/both_ledger.json").read_text())["layers"]
+    assert [entry["status"] for entry in entries] == ["float", "quantized", "quantized"]
