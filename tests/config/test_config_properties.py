@@ -3,7 +3,15 @@
 import tempfile
 from pathlib import Path
 
-from config_cases import LAYERS, MODULES, from_cfg, load
+from config_cases import (
+    LAYERS,
+    MODULES,
+    RETRAIN_LAYERS,
+    from_cfg,
+    load,
+    load_retrain,
+    retrain_from_cfg,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +25,7 @@ from amct_pytorch.config.models import (
     IfmrParams,
     LayerConfig,
 )
+from amct_pytorch.config.retrain_json import default_retrain_config, dump_retrain_json
 from amct_pytorch.errors import AmctError
 
 few = settings(
@@ -124,6 +133,16 @@ override_layer_types { layer_type: 'Linear' calibration_config { hfmg_quantize {
 override_layer_configs { layer_name: "conv1" calibration_config { ada_quantize { } } }
 skip_fusion_layers: "bn1"
 """
+RETRAIN_JSON = dump_retrain_json(default_retrain_config(RETRAIN_LAYERS))
+RETRAIN_CFG = """\
+batch_num: 2
+retrain_data_quant_config { ulq_quantize { clip_max_min { clip_max: 3 clip_min: -0.5 } } }
+override_layer_types { layer_type: 'Linear' retrain_weight_quant_config { ulq_retrain { } } }
+override_layer_configs { layer_name: "stem" retrain_weight_quant_config {
+  arq_retrain { dst_type: INT4 channel_wise: true } } }
+quant_skip_layers: "body.conv" skip_layer_types: "ConvTranspose2d"
+prune_config { n_out_of_m_pruner { l1_selective_prune { n_out_of_m_type: M4N2 } } }
+"""
 SPLICES = st.sampled_from(
     [*"{}[]\":,<>\\\n\0#'", "null", "true", "-1", "1e99", "NaN", "INT16", "16", "é", "\ufeff", "0"]
 ) | st.text(max_size=3)
@@ -143,6 +162,8 @@ def mutations(draw, text):
 def test_the_texts_to_mutate_are_good():
     assert only_told(load, JSON)
     assert only_told(from_cfg, CFG)
+    assert only_told(load_retrain, RETRAIN_JSON)
+    assert only_told(retrain_from_cfg, RETRAIN_CFG)
 
 
 @few
@@ -155,6 +176,18 @@ def test_mutated_json_gives_user_errors_only(text):
 @given(text=mutations(CFG))
 def test_mutated_cfg_gives_user_errors_only(text):
     only_told(from_cfg, text)
+
+
+@few
+@given(text=mutations(RETRAIN_JSON))
+def test_mutated_retrain_json_gives_user_errors_only(text):
+    only_told(load_retrain, text)
+
+
+@few
+@given(text=mutations(RETRAIN_CFG))
+def test_mutated_retrain_cfg_gives_user_errors_only(text):
+    only_told(retrain_from_cfg, text)
 
 
 scalars = (

@@ -3,45 +3,19 @@
 import json
 
 import pytest
-from config_cases import REUSED, conv, linear
+from config_cases import RETRAIN_LAYERS as LAYERS
+from config_cases import REUSED
+from config_cases import load_retrain as load
+from config_cases import retrain_from_cfg as from_cfg
 
-from amct_pytorch.config.cfg_file import parse_retrain_cfg
-from amct_pytorch.config.retrain import retrainable
-from amct_pytorch.config.retrain_cfg import retrain_config_from_cfg
 from amct_pytorch.config.retrain_json import (
     default_retrain_config,
     dump_retrain_json,
-    load_retrain_json,
     tell_of_layers,
 )
 from amct_pytorch.errors import ConfigError
-from amct_pytorch.graph.layers import SeenLayer
 
-LAYERS = retrainable(
-    (
-        conv("stem", cin=3),
-        linear("head"),
-        conv("body.conv", cin=32),
-        conv("body.depthwise", cin=32, groups=8),
-        SeenLayer("pool", "AvgPool2d", None, 0, 1, ()),
-        SeenLayer("volume", "Conv3d", None, 8, 1, (8, 8, 3, 3, 3)),
-        linear("shared", REUSED),
-    )
-)
-MODULES = ("", "norm", "body", *(layer.name for layer in LAYERS))
 ON = "retrain_data_quant_config {} "
-
-
-def load(tmp_path, document):
-    path = tmp_path / "retrain.json"
-    path.write_text(document if isinstance(document, str) else json.dumps(document))
-    return load_retrain_json(path, LAYERS, MODULES)
-
-
-def from_cfg(tmp_path, text):
-    path = tmp_path / "retrain.cfg"
-    path.write_text(text)
-    return retrain_config_from_cfg(parse_retrain_cfg(path), LAYERS, MODULES, "retrain.cfg")
 
 
 def test_the_file_has_the_layers_in_the_models_order_and_every_key_in_its_place():
@@ -248,11 +222,9 @@ def test_channel_wise_for_all_is_for_those_that_can_have_it(tmp_path, caplog):
 
 
 def test_small_layers_and_what_cannot_be_packed_are_told(tmp_path, caplog):
-    caplog.set_level("INFO", "amct_pytorch")
     text = ON + "retrain_weight_quant_config { arq_retrain { dst_type: INT4 } }"
     tell_of_layers(LAYERS, from_cfg(tmp_path, text))
-    assert "stem: it has 3 input channels; quantizing" in caplog.text
-    assert "body.conv: it has" not in caplog.text
+    assert "16 input channels or fewer is not recommended: stem (3), head (8)\n" in caplog.text
     assert "stem: trained with weights of 4 bits, deployed with 8: its 3 input" in caplog.text
     assert "body.depthwise: trained with weights of 4 bits, deployed with 8" in caplog.text
     assert "body.conv: trained" not in caplog.text

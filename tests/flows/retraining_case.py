@@ -82,3 +82,23 @@ def run_files(batch: tuple[Tensor, ...]) -> tuple[list[np.ndarray], list[np.ndar
     session = ort.InferenceSession(fake.SerializeToString(), providers=["CPUExecutionProvider"])
     deployed = amct.DeploySession("out/net_deploy_model.onnx")
     return session.run(None, feeds), deployed.run(None, feeds)
+
+
+def network() -> nn.Sequential:
+    """Convolution, BatchNorm and ReLU twice, dropout, Linear."""
+    return nn.Sequential(
+        nn.Conv2d(4, 8, 3, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 6, 3),
+        nn.BatchNorm2d(6),
+        nn.ReLU(inplace=True),
+        nn.Flatten(),
+        nn.Dropout(0.2),
+        nn.Linear(6 * 16, 5),
+    )
+
+
+def data(number: int = 6) -> list[tuple[Tensor]]:
+    """Batches for `network`."""
+    return [(torch.randn(3, 4, 8, 8),) for _ in range(number)]

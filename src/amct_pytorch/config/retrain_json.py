@@ -13,6 +13,7 @@ from amct_pytorch.config.explain import dotted, explain
 from amct_pytorch.config.json_text import parse_json
 from amct_pytorch.config.layer_rules import configurable, unknown_layer, why_not_packed
 from amct_pytorch.config.retrain import (
+    FEW_CHANNELS,
     RETRAIN_GLOBAL_KEYS,
     RetrainConfig,
     RetrainLayerConfig,
@@ -144,11 +145,12 @@ def _layer(layer: SeenLayer, raw: Any, problems: ProblemList) -> RetrainLayerCon
 
 def tell_of_layers(layers: Sequence[SeenLayer], config: RetrainConfig) -> None:
     """Logs what a user should know of the layers that a config enables."""
-    for name, channels in few_channels(layers, config).items():
-        logger.info(
-            "%s: it has %d input channels; quantizing a layer with 16 or fewer is not recommended",
-            name,
-            channels,
+    few = few_channels(layers, config)
+    if few:
+        logger.warning(
+            "quantizing layers with %d input channels or fewer is not recommended: %s",
+            FEW_CHANNELS,
+            ", ".join(f"{name} ({channels})" for name, channels in few.items()),
         )
     enabled = config.enabled_layers()
     for layer in layers:

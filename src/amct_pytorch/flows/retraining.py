@@ -27,7 +27,7 @@ from amct_pytorch.flows.trained_files import begin_record, save_trained
 from amct_pytorch.graph.activations import behind_relu
 from amct_pytorch.graph.look import ModelGraph, copy_model, look_at
 from amct_pytorch.graph.tensors import ModelInputs
-from amct_pytorch.logs import start_logging
+from amct_pytorch.logs import logger, start_logging
 from amct_pytorch.nn.retrain import TrainedQuantization, instrument_for_training, retrain_layers
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ def create_quant_retrain_config(
     if config_defination is not None:
         check_distinct(config_defination=config_defination, config_file=config_file)
     message = None if config_defination is None else parse_retrain_cfg(config_defination)
+    _check_float(model)
     graph = look_at(model, inputs)
     start_logging(to_file=True)
     layers = retrainable(graph.layers)
@@ -74,6 +75,12 @@ def create_quant_retrain_config(
         config = retrain_config_from_cfg(
             message, layers, graph.module_names, str(config_defination)
         )
+        if message.HasField("prune_config"):
+            logger.warning(
+                "%s: prune_config does nothing in quantization-aware training alone; "
+                "create_compressed_retrain_model does both",
+                config_defination,
+            )
     if not config.layers:
         raise ModelError(_nothing_to_train(graph))
     tell_of_layers(layers, config)
@@ -206,6 +213,7 @@ def _created(
     inputs = ModelInputs.of(input_data)
     check_distinct(config_file=config_file, record_file=record_file)
     record_path = check_writable(record_file, "record_file")
+    _check_float(model)
     graph = look_at(model, inputs)
     layers = retrainable(graph.layers)
     config = load_retrain_json(config_file, layers, graph.module_names)
@@ -213,9 +221,16 @@ def _created(
     if checkpoint is not None:
         load_checkpoint(trained, *checkpoint)
     start_logging(to_file=True)
-    tell_of_layers(layers, config)
     begin_record(trained, inputs, record_path)
     return trained
+
+
+def _check_float(model: nn.Module) -> None:
+    if isinstance(model, nn.Module) and retrain_layers(model):
+        raise ModelError(
+            "the model is in quantization-aware training already; give the float model, and with "
+            "it the trained state to restore_quant_retrain_model"
+        )
 
 
 def quantized_for_training(model: nn.Module, graph: ModelGraph, config: RetrainConfig) -> nn.Module:

@@ -62,6 +62,7 @@ class RecordWriter:
         self._beside = beside or RecordFile()
         self._written: dict[str, LayerFactors] = {}
 
+    @torch.compiler.disable
     def __call__(self, model: nn.Module, _: Any, __: Any) -> None:
         """Writes the factors, if they are others than those written last."""
         if model.training or rank() != 0:

@@ -60,6 +60,10 @@ class LayerKind:
         """Whether the layer has weights and a bias, and is linear in its input."""
         return self.out_axis is not None
 
+    def __reduce__(self) -> tuple[Callable[[str], LayerKind], tuple[str]]:
+        # Copies and pickles of modules that hold a row hold that very row.
+        return kind_named, (self.name,)
+
     def layout(self, groups: int) -> WeightLayout:
         """How the weight of a layer of this kind with so many groups is laid out."""
         assert self.out_axis is not None
@@ -111,6 +115,11 @@ LAYER_KINDS: MappingProxyType[str, LayerKind] = MappingProxyType(
         )
     }
 )
+
+
+def kind_named(name: str) -> LayerKind:
+    """The row of the table with this name."""
+    return LAYER_KINDS[name]
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,12 @@ from amct_pytorch.formats.integer import SMALLEST_SCALE
 from amct_pytorch.graph.layers import LAYER_KINDS, LayerKind, SeenLayer
 from amct_pytorch.graph.look import ModelGraph
 from amct_pytorch.nn.fake_quant.activation import ActivationFakeQuant
+from amct_pytorch.nn.fake_quant.learned_clip import observed_only
 from amct_pytorch.nn.fake_quant.weight import ARQ, WeightFakeQuant
 from amct_pytorch.nn.fuse_norm import fuse_norm
 from amct_pytorch.nn.intercept import LayerCall
 from amct_pytorch.nn.simulate import IntegerOperands
-from amct_pytorch.nn.wrapped import HasChannels, Wrapped, replace_modules
+from amct_pytorch.nn.wrapped import LayerStandIn, Wrapped, replace_modules
 from amct_pytorch.processes import world_size
 from amct_pytorch.record.factors import FORCE_FP16, LayerFactors
 
@@ -100,7 +101,7 @@ class TrainedNorm(Wrapped):
         return super().forward(*args, **kwargs)
 
 
-class RetrainLayer(HasChannels):
+class RetrainLayer(LayerStandIn):
     """Stands in for a layer and trains its quantization.
 
     In training, the first `batch_num` batches run in float and are observed. After them the
@@ -136,6 +137,7 @@ class RetrainLayer(HasChannels):
         self.layout = kind.layout(groups)
         self.settings = settings
         self.found: LayerFactors | None = None
+        self._in_float = False  # the present forward, also when it is run again
         # In a tuple, so that it is no submodule a second time.
         self._norm = (norm,)
         weight = layer.weight
@@ -177,8 +179,16 @@ class RetrainLayer(HasChannels):
                 if self.norm is not None:
                     self.norm.folded = True
                 return self.integer_operands(weight, bias, self.found).run(self, call)
-        if not self.input_quantizer.ready:
-            y = call.run(self.input_quantizer(call.x), call.weight, call.bias)
+        again = _runs_again()
+        if not again:
+            self._in_float = not self.input_quantizer.ready
+        if self._in_float:
+            quantizer = self.input_quantizer
+            if again:
+                x = observed_only(call.x, quantizer.clip_max, quantizer.clip_min)
+            else:
+                x = quantizer(call.x)
+            y = call.run(x, call.weight, call.bias)
             return _with_part_of(y, self.weight_quantizer)
         x = self.input_quantizer(call.x)
         return call.run(x, self.fake_quantized(call.weight), call.bias)
@@ -195,16 +205,16 @@ class RetrainLayer(HasChannels):
             weight: the weight operand of the layer's call.
         """
         factor = self._norm_factor()
+        if factor is not None and self.settings.channel_wise and factor.device.type == "cpu":
+            # Reading costs nothing here, and multiplying by ones would.
+            factor = None if bool((factor >= 0).all()) else factor
         if factor is None:
             quantized: Tensor = self.weight_quantizer(weight)
-            return quantized
-        if self.settings.channel_wise and factor.device.type == "cpu" and bool((factor > 0).all()):
-            quantized = self.weight_quantizer(weight)
-            return quantized
-        along = self.layout.along_channels(self._folded_by(factor), tuple(weight.shape))
-        along = along.to(weight.dtype)
-        quantized = self.weight_quantizer(weight * along)
-        return quantized / along
+        else:
+            along = self.layout.along_channels(self._folded_by(factor), tuple(weight.shape))
+            along = along.to(weight.dtype)
+            quantized = self.weight_quantizer(weight * along) / along
+        return quantized
 
     @torch.no_grad()
     def deployed(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, LayerFactors]:
@@ -292,6 +302,16 @@ class RetrainLayer(HasChannels):
             "cannot do: what each copy learns and observes is thrown away. Start one process a "
             "device with torchrun and use torch.nn.parallel.DistributedDataParallel"
         )
+
+
+def _runs_again() -> bool:
+    """Whether a forward runs within a backward: torch.utils.checkpoint does it once more.
+
+    What it did the first time was seen then, and has to be done the same way again.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 def _with_part_of(y: Tensor, module: nn.Module) -> Tensor:

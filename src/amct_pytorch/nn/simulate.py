@@ -14,7 +14,7 @@ from amct_pytorch.formats import IntFormat
 from amct_pytorch.graph.tensors import in_float64, result_dtype, without_autocast
 from amct_pytorch.graph.weight_layout import WeightLayout
 from amct_pytorch.nn.intercept import LayerCall
-from amct_pytorch.nn.wrapped import CompressedLayer, HasChannels, Stage
+from amct_pytorch.nn.wrapped import CompressedLayer, LayerStandIn, Stage
 from amct_pytorch.record.factors import LayerFactors
 
 
@@ -101,7 +101,7 @@ class IntegerOperands:
         """(q - offset) of the input."""
         return self.activation.steps_by_inverse(x, self.inverse_scale, self.offset)
 
-    def run(self, layer: HasChannels, call: LayerCall) -> Tensor:
+    def run(self, layer: LayerStandIn, call: LayerCall) -> Tensor:
         """The call's result, in the type that it has in the float network."""
         bias = self.bias.float().to(call.x.device)
         # Integers up to 2^24 are exact in float32 and in nothing that autocast would choose.

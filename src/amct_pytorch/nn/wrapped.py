@@ -77,7 +77,7 @@ class Wrapped(nn.Module):
             return self.layer(*args, **kwargs)
 
 
-class HasChannels(Wrapped):
+class LayerStandIn(Wrapped):
     """A stand-in for a layer of a known kind.
 
     Args:
@@ -97,7 +97,7 @@ class HasChannels(Wrapped):
         return values.view(shape)
 
 
-class CompressedLayer(HasChannels):
+class CompressedLayer(LayerStandIn):
     """A layer whose operands the toolkit owns.
 
     Holds the layer's final `weight` and `bias` (after fusion) and uses them in the layer's

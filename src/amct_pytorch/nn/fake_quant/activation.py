@@ -13,12 +13,14 @@ from amct_pytorch.errors import CalibrationError
 from amct_pytorch.formats import IntFormat
 from amct_pytorch.formats.integer import SMALLEST_SCALE
 from amct_pytorch.nn.fake_quant.learned_clip import learned_clip, observed_only
+from amct_pytorch.nn.fake_quant.onnx_nodes import quantize_dequantize
+from amct_pytorch.nn.fake_quant.real_values import RealValues, with_real_values
 from amct_pytorch.nn.fake_quant.stored_start import Start
 
 log = logging.getLogger("amct_pytorch")
 
 
-class ActivationFakeQuant(nn.Module):
+class ActivationFakeQuant(RealValues):
     """Quantizes and dequantizes a tensor with a learned range (ULQ).
 
     In the first `batch_num` training forwards it lets the tensor through and observes it; the
@@ -83,6 +85,7 @@ class ActivationFakeQuant(nn.Module):
         # The lower end of a symmetric range only widens the upper one.
         self.ready = clip_max is not None and (clip_min is not None or symmetric)
         self._start = Start()
+        self._told = False  # of clip values that were put back
         high = 1.0 if clip_max is None else clip_max
         low = 0.0 if clip_min is None else clip_min
         if symmetric:
@@ -129,13 +132,23 @@ class ActivationFakeQuant(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`x` on its grid, in its shape and dtype; or `x` while its range is being observed.
 
+        In torch.onnx.export, QuantizeLinear and DequantizeLinear.
+
         Raises:
-            CalibrationError: it is observed and holds NaN or infinity, or nothing at all.
+            CalibrationError: it is observed and holds NaN or infinity, or nothing at all; or it is
+                exported before its range is known.
         """
-        if not self.ready:
-            return self._observed(x) if self.training else x
         scale: float | Tensor
         offset: int | Tensor
+        if torch.onnx.is_in_onnx_export():
+            scale, offset = with_real_values(self.factors)
+            return quantize_dequantize(x, scale, offset, self.number_format)
+        if not self.ready:
+            if not self.training:
+                return x
+            # What is observed is no graph to be compiled.
+            compiling = torch.compiler.is_compiling()
+            return torch.compiler.disable(self._observed)(x) if compiling else self._observed(x)
         if self._has_plain_numbers(x):
             high, low = self._plain_clips(put_back=self.training)
             scale, offset = self._plain_factors(high, low)
@@ -149,6 +162,7 @@ class ActivationFakeQuant(nn.Module):
             scale,
             offset,
             symmetric=self.symmetric,
+            fixed_min=bool(self.fixed_min),
         )
 
     def _has_plain_numbers(self, x: Tensor) -> bool:
@@ -199,50 +213,65 @@ class ActivationFakeQuant(nn.Module):
 
     def _plain_clips(self, *, put_back: bool = False) -> tuple[float, float]:
         """The clip values that count, clip_max and clip_min."""
-        high, low = self.clip_max.item(), self.clip_min.item()
-        if self.symmetric:
-            low = -high
-        if self.fixed_min and not self.symmetric:
-            low = 0.0
-        width = high - low
-        good = (
-            math.isfinite(width)
-            and low <= 0 <= high
-            and width >= SMALLEST_SCALE * self.number_format.qmax * 2
-        )
-        if not good:
-            if put_back:
-                log.warning(
-                    "%s: its clip values became %g and %g in training and are put back to their "
-                    "last good ones; a lower learning rate for them may help",
-                    self._place(),
-                    low,
-                    high,
-                )
-            high, low = self.good_clips.tolist()
+        given = self.real("clip_max").item(), self.real("clip_min").item()
+        high, low = self._tied(*given)
+        good_high, good_low = self.real("good_clips").tolist()
+        # The ends by themselves first: one that crosses zero does not undo the other.
+        high = high if high >= 0 else good_high
+        low = low if low <= 0 else good_low
+        if not (math.isfinite(high - low) and high - low >= self._narrowest):
+            high, low = good_high, good_low
+        high, low = self._tied(high, low)
         if put_back:
+            if (high, low) != given:
+                self._put_back(given, (high, low))
             with torch.no_grad():
-                for clip, value in ((self.clip_max, high), (self.clip_min, low)):
-                    if not good or clip.item() != value:
-                        clip.fill_(value)
                 self.good_clips.copy_(torch.tensor([high, low]))
         return high, low
+
+    @property
+    def _narrowest(self) -> float:
+        return SMALLEST_SCALE * (self.number_format.qmax - self.number_format.qmin)
+
+    def _tied(self, high: float, low: float) -> tuple[float, float]:
+        if self.symmetric:
+            return high, -high
+        return high, 0.0 if self.fixed_min else low
+
+    def _put_back(self, given: tuple[float, float], clips: tuple[float, float]) -> None:
+        with torch.no_grad():
+            self.clip_max.fill_(clips[0])
+            self.clip_min.fill_(clips[1])
+        # A lower end at zero keeps touching it, and a tied one follows.
+        if clips[0] != given[0] and not self._told:
+            self._told = True
+            log.warning(
+                "%s: its clip_max became %g in training and is put back to %g, now and whenever "
+                "it happens again; a lower learning rate for it may help",
+                self._place(),
+                given[0],
+                clips[0],
+            )
 
     def _plain_factors(self, high: float, low: float) -> tuple[float, int]:
         scale, offset = self.number_format.range_factors(low, high, symmetric=self.symmetric)
         return (fp16_scale(scale) if self.float16_scale else scale), offset
 
+    def _tied_tensors(self, high: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
+        if self.symmetric:
+            return high, -high
+        return high, torch.zeros_like(low) if self.fixed_min else low
+
     def _tensor_factors(self) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             high, low = self.clip_max.detach(), self.clip_min.detach()
-            if self.symmetric:
-                low = -high
-            elif self.fixed_min:
-                low = torch.zeros_like(high)
-            width = high - low
-            good = torch.isfinite(width) & (low <= 0) & (high >= 0)
-            good = good & (width >= SMALLEST_SCALE * self.number_format.qmax * 2)
-            clips = torch.where(good, torch.stack([high, low]), self.good_clips)
+            good_high, good_low = self.good_clips.unbind()
+            high = torch.where(high >= 0, high, good_high)
+            low = torch.where(low <= 0, low, good_low)
+            clips = torch.stack(self._tied_tensors(high, low))
+            width = clips[0] - clips[1]
+            good = torch.isfinite(width) & (width >= self._narrowest)
+            clips = torch.where(good, clips, self.good_clips)
             if self.training:
                 self.clip_max.copy_(clips[0])
                 self.clip_min.copy_(clips[1])

@@ -36,7 +36,8 @@ def learned_clip(
     scale: float | Tensor,
     offset: int | Tensor,
     *,
-    symmetric: bool,
+    symmetric: bool = False,
+    fixed_min: bool = False,
 ) -> Tensor:
     """`x` quantized and dequantized, in its dtype, with the gradients of ULQ.
 
@@ -47,14 +48,15 @@ def learned_clip(
     Args:
         x: floating, any shape.
         clip_max: gets a gradient; what the factors were computed from.
-        clip_min: gets a gradient; zero where `symmetric`.
+        clip_min: gets a gradient; zero where `symmetric` or `fixed_min`.
         number_format: the integers.
         scale: factor; a plain float32 number is for tensors on the CPU and many times faster.
         offset: factor, of the same kind.
         symmetric: whether the range is given by `clip_max` alone.
+        fixed_min: whether the range begins at 0, whatever `clip_min` is.
     """
     result: Tensor = _LearnedClip.apply(
-        x, clip_max, clip_min, number_format.bits, scale, offset, symmetric
+        x, clip_max, clip_min, number_format.bits, scale, offset, symmetric, fixed_min
     )
     return result
 
@@ -75,7 +77,7 @@ class _ObservedOnly(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         zero = torch.zeros_like(ctx.like)
         return grad, zero, zero.clone()
 
@@ -91,8 +93,10 @@ class _LearnedClip(torch.autograd.Function):
         scale: float | Tensor,
         offset: int | Tensor,
         symmetric: bool,
+        fixed_min: bool,
     ) -> Tensor:
-        ctx.bits, ctx.symmetric, ctx.dtype = bits, symmetric, clip_max.dtype
+        ctx.bits, ctx.symmetric, ctx.fixed_min = bits, symmetric, fixed_min
+        ctx.dtype = clip_max.dtype
         ctx.plain = not isinstance(scale, Tensor)
         if isinstance(scale, Tensor) or isinstance(offset, Tensor):
             assert isinstance(scale, Tensor) and isinstance(offset, Tensor)
@@ -104,12 +108,13 @@ class _LearnedClip(torch.autograd.Function):
         return _quantized_in_chunks(x, bits, scale, offset)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad
         if ctx.plain:
             (x,) = ctx.saved_tensors
+            needed = wanted[0], wanted[1] or wanted[2], ctx.symmetric or not ctx.fixed_min
             grad_x, above, below, error = _sums_in_chunks(
-                grad, x, ctx.bits, ctx.scale, ctx.offset, wanted
+                grad, x, ctx.bits, ctx.scale, ctx.offset, needed
             )
         else:
             x, scale, offset = ctx.saved_tensors
@@ -121,11 +126,13 @@ class _LearnedClip(torch.autograd.Function):
         else:
             share = error / (grids.qmax - grids.qmin)
             for_max, for_min = above + share, below - share
+            if ctx.fixed_min:
+                for_min = torch.zeros_like(for_max)
         return (
             grad_x if wanted[0] else None,
             for_max.to(ctx.dtype) if wanted[1] else None,
             for_min.to(ctx.dtype) if wanted[2] else None,
-            *(None,) * 4,
+            *(None,) * 5,
         )
 
 
@@ -201,9 +208,10 @@ def _quantized_in_chunks(x: Tensor, bits: int, scale: float, offset: int) -> Ten
 
 
 def _sums_in_chunks(
-    grad: Tensor, x: Tensor, bits: int, scale: float, offset: int, wanted: tuple[bool, ...]
+    grad: Tensor, x: Tensor, bits: int, scale: float, offset: int, needed: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """See `_sums`; the sums are of float32 pieces in float64, `wanted` says of which inputs."""
+    """See `_sums`; the sums are of float32 pieces in float64, `needed` says whether the gradient
+    of x, any of the sums, and that below are."""
     grid = IntFormat(bits)
     inverse = c_float(1 / scale).value
     low, high = (c_float((end - offset) * scale).value for end in (grid.qmin, grid.qmax))
@@ -218,20 +226,20 @@ def _sums_in_chunks(
     for part, g_part, target in _pieces(x, grad, grad_x):
         values, g = part.float(), g_part.float()
         a, b = clipped[: values.numel()], scratch[: values.numel()]
-        if wanted[0]:
+        if needed[0]:
             if grad.dtype == torch.float32:
                 torch.ops.aten.hardtanh_backward.grad_input(g, values, *outside, grad_input=target)
             else:
                 target.copy_(torch.ops.aten.hardtanh_backward(g, values, *outside))
-        if not (wanted[1] or wanted[2]):
+        if not needed[1]:
             continue
         torch.clamp(values, low, high, out=a).mul_(inverse)
         error += float(torch.dot(g, torch.round(a, out=b).sub_(a)))
         above += float(torch.dot(g, torch.gt(values, high, out=b)))
-        if wanted[2] or grid.qmin != offset:
+        if needed[2]:
             below += float(torch.dot(g, torch.lt(values, low, out=b)))
-    sums = (torch.tensor(value, dtype=torch.float64) for value in (above, below, error))
-    return grad_x if wanted[0] else None, *sums
+    above_sum, below_sum, error_sum = torch.tensor([above, below, error], dtype=torch.float64)
+    return grad_x if needed[0] else None, above_sum, below_sum, error_sum
 
 
 def _next(value: float, towards: float) -> float:

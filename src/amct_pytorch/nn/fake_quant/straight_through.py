@@ -42,7 +42,7 @@ class _StraightThrough(torch.autograd.Function):
         return _rounded(weight, scale, bits)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return grad, None, None
 
 
@@ -54,7 +54,7 @@ class _LearnedScale(torch.autograd.Function):
         return _rounded(weight, scale, bits)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, scale = ctx.saved_tensors
         grid = IntFormat(ctx.bits)
         steps = weight / scale

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +11,14 @@ from amct_pytorch.algorithms.arq import arq_scale
 from amct_pytorch.formats import IntFormat
 from amct_pytorch.formats.integer import SMALLEST_SCALE
 from amct_pytorch.graph.weight_layout import WeightLayout
+from amct_pytorch.nn.fake_quant.real_values import RealValues
 from amct_pytorch.nn.fake_quant.straight_through import learned_scale, straight_through
 
 ARQ: Literal["arq_retrain"] = "arq_retrain"
 ULQ: Literal["ulq_retrain"] = "ulq_retrain"
 
 
-class WeightFakeQuant(nn.Module):
+class WeightFakeQuant(RealValues):
     """Quantizes and dequantizes a weight; the float weight itself stays the caller's.
 
     ``arq_retrain`` computes the scale from the weight in every forward, and gradients go
@@ -41,6 +42,9 @@ class WeightFakeQuant(nn.Module):
         clip_max: parameter [channels] or [1], of ``ulq_retrain`` only.
         good_clip_max: buffer, its last good value.
     """
+
+    clip_max: nn.Parameter
+    good_clip_max: Tensor
 
     def __init__(
         self,
@@ -81,7 +85,11 @@ class WeightFakeQuant(nn.Module):
             least: scales that they must not be below, of the same shape; None: no such.
         """
         with torch.no_grad():
-            return self._scale(weight, least).float()
+            if self.ready and self.algo == ULQ:
+                scale = self._learned(self.real("clip_max"), self.real("good_clip_max"))
+            else:
+                scale = self._arq(weight)
+            return _at_least(scale, least).float()
 
     def integers(self, weight: Tensor, least: Tensor | None = None) -> Tensor:
         """The weight's integers, int8, of its shape."""
@@ -98,33 +106,41 @@ class WeightFakeQuant(nn.Module):
         """
         if self.algo == ULQ and self.training:
             self._put_back(weight)
-        function = learned_scale if self.algo == ULQ else straight_through
-        scale = self._scale(weight, least)
-        along = self.layout.along_channels(scale, tuple(weight.shape))
-        return function(weight, along, self.number_format)
+        if self.algo == ARQ:
+            scale = _at_least(self._arq(weight), least)
+            return straight_through(weight, self._along(scale, weight), self.number_format)
+        if not self.ready:
+            return straight_through(
+                weight, self._along(self.scale(weight, least), weight), self.number_format
+            )
+        scale = _at_least(self._learned(self.clip_max, self.good_clip_max), least)
+        return learned_scale(weight, self._along(scale, weight), self.number_format)
 
-    def _scale(self, weight: Tensor, least: Tensor | None) -> Tensor:
-        """With a gradient to what is learned."""
-        if self.ready and self.algo == ULQ:
-            clip_max = torch.where(self._good(), self.clip_max, self.good_clip_max)
-            scale = clip_max / self.number_format.qmax
-        else:
-            scale = self._arq(weight)
-        return scale if least is None else torch.maximum(scale, least.to(scale.dtype))
+    def _along(self, scale: Tensor, weight: Tensor) -> Tensor:
+        return self.layout.along_channels(scale, tuple(weight.shape))
+
+    def _learned(self, clip_max: Tensor, good: Tensor) -> Tensor:
+        """With a gradient of `clip_max`."""
+        return torch.where(self._good(clip_max), clip_max, good) / self.number_format.qmax
 
     def _arq(self, weight: Tensor) -> Tensor:
         return arq_scale(weight, self.number_format, self.layout, channel_wise=self.channel_wise)
 
-    def _good(self) -> Tensor:
+    def _good(self, clip_max: Tensor) -> Tensor:
         smallest = SMALLEST_SCALE * self.number_format.qmax
-        return torch.isfinite(self.clip_max) & (self.clip_max.detach() >= smallest)
+        return torch.isfinite(clip_max) & (clip_max.detach() >= smallest)
 
     @torch.no_grad()
     def _put_back(self, weight: Tensor) -> None:
         """Starts the learned values, or replaces those that went astray."""
         if not self.ready:
-            start: Any = self._arq(weight) * self.number_format.qmax
-            self.clip_max.copy_(start)
+            self.clip_max.copy_(self._arq(weight) * self.number_format.qmax)
             self.ready = True
-        self.clip_max.copy_(torch.where(self._good(), self.clip_max, self.good_clip_max))
+        self.clip_max.copy_(
+            torch.where(self._good(self.clip_max), self.clip_max, self.good_clip_max)
+        )
         self.good_clip_max.copy_(self.clip_max)
+
+
+def _at_least(scale: Tensor, least: Tensor | None) -> Tensor:
+    return scale if least is None else torch.maximum(scale, least.to(scale))

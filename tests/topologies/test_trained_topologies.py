@@ -15,7 +15,7 @@ from topologies.test_topologies import sqnr
 from amct_pytorch.nn.retrain import retrain_layers
 from amct_pytorch.record.record_file import read_record
 
-# name: layers that are trained, and whether integers beside ONNX Runtime's are the same.
+# Layers that are trained.
 STRUCTURES = {
     "residual": 4,
     "concat": 4,
@@ -34,8 +34,17 @@ STRUCTURES = {
 }
 
 
-@pytest.mark.parametrize("name", STRUCTURES)
-@pytest.mark.parametrize("cfg", [None, INT4 % "ulq_retrain"], ids=["int8", "int4"])
+FOUR_BITS = INT4 % "ulq_retrain"
+IN_FOUR_BITS = ("residual", "depthwise, groups and dilation", "transposed convolutions")
+
+
+@pytest.mark.parametrize(
+    ("name", "cfg"),
+    [
+        *(pytest.param(name, None, id=f"int8 {name}") for name in STRUCTURES),
+        *(pytest.param(name, FOUR_BITS, id=f"int4 {name}") for name in IN_FOUR_BITS),
+    ],
+)
 def test_what_evaluates_is_what_is_deployed(
     name: str, cfg: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
