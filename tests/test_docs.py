@@ -260,22 +260,6 @@ def test_the_scripts_of_the_training_guide_run_and_its_keys_exist(tmp_path, monk
     }
 
 
-def test_the_scripts_of_the_pruning_guide_run(tmp_path, monkeypatch, capsys):
-    scripts = re.findall(r"```python\n(.*?)```", PRUNING_GUIDE.read_text(), re.DOTALL)
-    monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    names: dict[str, object] = {}
-    for script in scripts:
-        exec(compile(script, str(PRUNING_GUIDE), "exec"), names)
-    assert names["pruned"][0].out_channels == 16
-    assert names["restored"][3].weight.shape == (32, 16, 3, 3)
-    # The group is printed as the guide shows it.
-    shown = re.findall(r"^# (  producer.*|  follower.*|  consumer.*|group 0.*)$", scripts[1], re.M)
-    printed = capsys.readouterr().out
-    assert len(shown) == 5
-    assert all(line in printed for line in shown)
-
-
 def test_the_commands_of_the_command_line_guide_run(tmp_path, monkeypatch):
     from click.testing import CliRunner
 
@@ -314,18 +298,3 @@ def test_the_options_that_the_command_line_guide_names_exist():
     }
     named = set(re.findall(r"--[a-z][a-z0-9-]+", CLI_GUIDE.read_text()))
     assert named - known <= {"--help", "--min-"}
-
-
-def test_the_scripts_of_the_sparsity_guide_run(tmp_path, monkeypatch):
-    scripts = re.findall(r"```python\n(.*?)```", SPARSITY_GUIDE.read_text(), re.DOTALL)
-    monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    names: dict[str, object] = {}
-    for script in scripts:
-        exec(compile(script, str(SPARSITY_GUIDE), "exec"), names)
-    for file in ("found.cfg", "halves.cfg", "out/net_ledger.json", "out/both_deploy_model.onnx"):
-        assert Path(file).exists(), file
-    ledger = json.loads(Path("found_ledger.json").read_text())
-    assert ledger["compress_ratio"][1] >= 1.6
-    entries = json.loads(Path("out/both_ledger.json").read_text())["layers"]
-    assert [entry["status"] for entry in entries] == ["float", "quantized", "quantized"]
