@@ -110,7 +110,7 @@ class Preprocessing:
         pixels = pixels.reshape(height, width, -1)
         if self.channels == "bgr":
             pixels = pixels[..., ::-1]
-        values = (pixels - np.float32(self.mean)) / np.float32(self.std)
+        values = (pixels - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
         if self.layout == "nchw":
             values = values.transpose(2, 0, 1)
         return np.ascontiguousarray(values, np.float32)
