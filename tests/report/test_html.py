@@ -297,7 +297,7 @@ CATCH = "<script>window.problems = []; window.onerror = m => { window.problems.p
 
 def chromium(*words: str) -> str:
     base = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
-    done = subprocess.run([*base, *words], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*base, *words], capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-500:]
     return done.stdout
 

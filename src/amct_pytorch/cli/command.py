@@ -106,8 +106,8 @@ def subcommand(name: str, **settings: Any) -> Callable[[Callable[..., None]], cl
         call = click.option(
             "--json", "json_output", is_flag=True, help="Print one JSON document, for programs."
         )(call)
-        command: click.Command = click.command(name, **settings)(call)
-        return command
+        made: click.Command = click.command(name, **settings)(call)
+        return made
 
     return make
 
