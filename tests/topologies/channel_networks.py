@@ -425,6 +425,15 @@ def attention(*, open_size: bool, fused: bool = False) -> nn.Module:
     )
 
 
+def shared_heads() -> nn.Module:
+    def run(m: Any, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).view(2, 5, -1, 4).transpose(1, 2) for layer in (m.q, m.k, m.v))
+        y = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        return m.head(y.transpose(1, 2).flatten(2))
+
+    return Net(run, q=nn.Linear(6, 16), k=nn.Linear(6, 8), v=nn.Linear(6, 8), head=nn.Linear(16, 2))
+
+
 def transformer() -> nn.Module:
     def run(m: Any, x: Tensor) -> Tensor:
         tokens = m.patch(x).flatten(2).transpose(1, 2)
@@ -712,6 +721,7 @@ CASES: dict[str, Case] = {
         lambda: attention(open_size=True, fused=True), ("0", "1.q", "1.k", "1.v", "1.out"), (),
         sequence,
     ),
+    "shared_heads": Case(shared_heads, ("q", "k", "v"), (), sequence),
     "transformer": Case(
         transformer,
         ("patch", "blocks.0.mlp.0", "blocks.0.mlp.2", "blocks.0.attention.q",

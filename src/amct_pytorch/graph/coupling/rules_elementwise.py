@@ -28,7 +28,7 @@ _ONE = """
     trunc frac logit clip isnan isinf isfinite logical_not bitwise_not nan_to_num
     dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout
     to type float half double bfloat16 int long bool cpu cuda type_as
-    contiguous clone detach alias data real requires_grad identity
+    contiguous clone detach data real requires_grad
     zeros_like ones_like empty_like rand_like randn_like full_like fill zero
     __neg__ __pos__ __abs__ __invert__ bernoulli
 """
@@ -36,7 +36,7 @@ _SEVERAL = """
     add sub subtract rsub mul multiply div divide true_divide floor_divide pow float_power
     maximum minimum fmax fmin fmod remainder atan2 hypot where addcmul addcdiv lerp copysign
     clamp clamp_min clamp_max masked_fill copy xlogy logaddexp
-    eq ne lt le gt ge equal_to not_equal less less_equal greater greater_equal
+    eq ne lt le gt ge not_equal less less_equal greater greater_equal
     logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor
     __add__ __radd__ __iadd__ __sub__ __rsub__ __isub__ __mul__ __rmul__ __imul__ __truediv__
     __rtruediv__ __itruediv__ __div__ __rdiv__ __idiv__ __floordiv__ __rfloordiv__ __pow__

@@ -179,11 +179,17 @@ def pad(flow: Propagation, op: OpCall) -> Results:
 
 
 _POOLS = [
-    f"{prefix}{kind}_pool{n}d{suffix}"
-    for prefix in ("", "adaptive_")
-    for kind in ("max", "avg", "lp")
+    f"{kind}_pool{n}d{suffix}"
     for n in (1, 2, 3)
-    for suffix in ("", "_with_indices")
+    for kind, suffix in (
+        ("max", ""),
+        ("max", "_with_indices"),
+        ("avg", ""),
+        ("lp", ""),
+        ("adaptive_max", ""),
+        ("adaptive_max", "_with_indices"),
+        ("adaptive_avg", ""),
+    )
 ]
 
 

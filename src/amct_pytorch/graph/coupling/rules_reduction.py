@@ -119,7 +119,7 @@ def matrix_product(flow: Propagation, op: OpCall) -> Results:
 def attention(flow: Propagation, op: OpCall) -> Results:
     """Queries by keys, then by values; its own scale is that of the size it finds."""
     q, k, v = (op.argument(i, name) for i, name in enumerate(("query", "key", "value")))
-    if not all(isinstance(operand, Operand) for operand in (q, k, v)):
+    if not (isinstance(q, Operand) and isinstance(k, Operand) and isinstance(v, Operand)):
         return None
     rank = len(q.shape)
     if op.kwargs.get("scale") is None and rank - 1 in varying(flow.of(q)):
@@ -128,16 +128,37 @@ def attention(flow: Propagation, op: OpCall) -> Results:
     if isinstance(mask, Operand) and carried(flow.of(mask)):
         return None
     batch = [f"batch{i}" for i in range(rank - 2)]
+    others = batch
+    if rank > 3 and k.shape[-3] != q.shape[-3]:
+        # Several heads of queries share one of keys and values (enable_gqa).
+        if not _share_heads(flow, op, q, (k, v)):
+            return None
+        others = [*batch[:-1], "shared"]
     return contract(
         flow,
         op,
         [
             (q, [*batch, "queries", "inner"]),
-            (k, [*batch, "keys", "inner"]),
-            (v, [*batch, "keys", "columns"]),
+            (k, [*others, "keys", "inner"]),
+            (v, [*others, "keys", "columns"]),
         ],
         [*batch, "queries", "columns"],
     )
+
+
+def _share_heads(flow: Propagation, op: OpCall, q: Operand, shared: Sequence[Operand]) -> bool:
+    """Ties heads of keys and values to the heads of queries that use them."""
+    several = q.shape[-3] // shared[0].shape[-3]
+    axis = len(q.shape) - 3
+    heads = [axis in varying(flow.of(operand)) for operand in (q, *shared)]
+    if any(heads) and not all(heads):
+        return False
+    if any(heads):
+        for operand in shared:
+            spread = np.repeat(flow.vector(operand, axis, op), several)
+            reason = f"{place(op)} joins it with what stays"
+            flow.sets.tie(flow.vector(q, axis, op), spread, reason)
+    return True
 
 
 @rule("einsum")
@@ -187,6 +208,8 @@ def contract(
                 # It has that axis too, and nothing there that could go with the channels.
                 for one in vectors:
                     flow.freeze(one, f"{place(op)} joins it with what stays")
+        if any(len(other) not in (1, len(vectors[0])) for other in vectors):
+            return flow.leave(op, f"{place(op)} repeats it")
         for other in vectors[1:]:
             flow.sets.tie(vectors[0], other, f"{place(op)} joins it with what stays")
     left = [name for name in result if name in changing]

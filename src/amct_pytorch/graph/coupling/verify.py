@@ -141,7 +141,7 @@ class _Foreseen:
             return None
         shape = list(labels.shape)
         for axis in axes:
-            rows = left.movedim(axis, 0).flatten(1).any(1).nonzero().flatten()
+            rows = left.movedim(axis, 0).reshape(left.shape[axis], -1).any(1).nonzero().flatten()
             small, left = small.index_select(axis, rows), left.index_select(axis, rows)
             shape[axis] = len(rows)
         # Of a box, nothing inside is missing.
