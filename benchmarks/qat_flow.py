@@ -132,10 +132,6 @@ def create(model: nn.Module, x: Tensor, folder: Path, cfg: str | None = None) ->
 # --- EfficientNet-Lite0 ------------------------------------------------------------------------
 
 
-# Rate of biases, BatchNorms and clip values, as a multiple of the weights'.
-OTHERS = 10
-
-
 def train_quantized_layers_only(model: nn.Module) -> None:
     """Training mode for what learns: 32 images are too few for BatchNorm's statistics, and a
     teacher's logits do not go with dropped connections."""
@@ -147,11 +143,20 @@ def train_quantized_layers_only(model: nn.Module) -> None:
 def run_lite0(options: argparse.Namespace) -> dict[str, Any]:
     """SQNR of logits on held-out crops: post-training quantization, and after 100 steps."""
     from fidelity import sqnr_db
-    from real_models import calibration_crops, efficientnet_lite0, heldout_crops
+    from real_models import (
+        calibration_crops,
+        efficientnet_lite0,
+        heldout_crops,
+        training_crops,
+    )
 
     images, held = calibration_crops().images, heldout_crops(views=options.views).images
     teacher = efficientnet_lite0()
-    result: dict[str, Any] = {"steps": options.steps, "rate": options.rate}
+    result: dict[str, Any] = {
+        "steps": options.steps,
+        "rate": options.rate,
+        "others": options.others,
+    }
 
     def logits(model: nn.Module) -> np.ndarray:
         model.eval()
@@ -172,27 +177,25 @@ def run_lite0(options: argparse.Namespace) -> dict[str, Any]:
         print(result)
         model = create(teacher, images[:8], folder, "batch_num: 4 retrain_data_quant_config { }")
         train_quantized_layers_only(model)
-        targets = []
         with torch.no_grad():
             for part in images.split(8):
-                targets.append(teacher(part))
                 model(part)
         result["before training, dB"] = sqnr_db(reference, logits(model))
         print(result)
         # Adam moves every value by the rate: too much for weights that a thousand inputs meet.
         weights = [p for p in model.parameters() if p.dim() > 1]
         others = [p for p in model.parameters() if p.dim() <= 1]
-        groups = [{"params": weights}, {"params": others, "lr": OTHERS * options.rate}]
+        groups = [{"params": weights}, {"params": others, "lr": options.others * options.rate}]
         optimizer = torch.optim.Adam(groups, options.rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps)
-        chance = torch.Generator().manual_seed(0)
         train_quantized_layers_only(model)
         began = time.process_time()
-        teacher_logits = torch.cat(targets)
-        for step in range(options.steps):
-            chosen = torch.randperm(len(images), generator=chance)[:8]
+        # One crop of each photo a step, none of them twice.
+        for step, part in enumerate(training_crops(options.steps).images.split(8)):
+            with torch.no_grad():
+                target = teacher(part)
             optimizer.zero_grad()
-            loss = (model(images[chosen]) - teacher_logits[chosen]).square().mean()
+            loss = (model(part) - target).square().mean()
             loss.backward()
             optimizer.step()
             schedule.step()
@@ -265,6 +268,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--views", type=int, default=4)
     parser.add_argument("--rate", type=float)
+    parser.add_argument("--others", type=float, default=30, help="rate of biases, of the weights'")
     parser.add_argument("--images", type=int, default=60000)
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--epochs", type=int, default=3, help="of the float network")

@@ -74,6 +74,13 @@ def calibration_crops() -> Crops:
     return _crops(photo_files()[:CALIBRATION_PHOTOS], CROPS_PER_CALIBRATION_PHOTO, seed=8)
 
 
+def training_crops(views: int) -> Crops:
+    """`views` other crops of each of the first eight photos, those of all photos in turns."""
+    found = _crops(photo_files()[:CALIBRATION_PHOTOS], views, seed=9)
+    order = torch.arange(len(found.labels)).view(CALIBRATION_PHOTOS, views).t().flatten()
+    return Crops(found.images[order], found.labels[order])
+
+
 def heldout_crops(views: int = VIEWS_PER_HELDOUT_PHOTO) -> Crops:
     """`views` random-resized crops of each of the twelve photos that calibration never sees."""
     return _crops(photo_files()[CALIBRATION_PHOTOS:], views, seed=12)
