@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
-from amct_pytorch.algorithms.channel_choice import kept_of, shares
 from amct_pytorch.auto_channel_prune.greedy import GreedySearch, largest_ratio
+from amct_pytorch.auto_channel_prune.plans import lost_channels, plan_of
 from amct_pytorch.auto_channel_prune.search_channel import SearchChannelBase
 from amct_pytorch.auto_channel_prune.search_data import SearchData
 from amct_pytorch.auto_channel_prune.search_graph import (
@@ -37,7 +37,6 @@ from amct_pytorch.errors import (
     ArgumentTypeError,
     ArgumentValueError,
     ConfigError,
-    ModelError,
     did_you_mean,
     shown,
 )
@@ -337,12 +336,12 @@ def _search(
         masks = searches.channel_prune_search(
             info, records, (ratio, asked.ascend_optimized, asked.max_prune_ratio)
         )
-    lost = _lost(masks, channels, searched, type(searches).__name__)
+    lost = lost_channels(masks, channels, searched, type(searches).__name__)
     seconds["search"] = time.perf_counter() - began
     skipped = []
     for group in searched:
         names = _nameable(group, config)
-        plan = _plan_of(group, lost, asked.ascend_optimized, channels)
+        plan = plan_of(group, lost, asked.ascend_optimized, channels)
         if plan is None:
             skipped += names
         else:
@@ -375,75 +374,3 @@ def _least(config: PruneConfig, names: Sequence[str]) -> ChannelPlan:
 def _nameable(group: Group, config: PruneConfig) -> list[str]:
     """The layers of a group that a .cfg may name."""
     return [name for name in group.names if name in config.plans]
-
-
-def _lost(
-    masks: Any, channels: ChannelGraph, searched: Sequence[Group], who: str
-) -> dict[str, int]:
-    """How many channels each layer loses, by what a search algorithm returned.
-
-    Raises:
-        ModelError: it is not what the algorithm should return.
-    """
-    names = [name for group in searched for name in group.names]
-    if not isinstance(masks, Mapping):
-        raise ModelError(f"{who} returned a {type(masks).__name__}; needed is a dict by layer name")
-    lost = {}
-    for name, mask in masks.items():
-        if name not in names:
-            raise ModelError(
-                f"{who} returned {shown(name)}, which is no layer that is searched"
-                f"{did_you_mean(str(name), names)}"
-            )
-        number = len(positions_of(channels, name))
-        values = mask.tolist() if isinstance(mask, (np.ndarray, Tensor)) else list(mask)
-        if len(values) != number or any(value not in (0, 1) for value in values):
-            raise ModelError(
-                f"{who}: {name} has {len(values)} values ({shown(values[:8])}); needed are "
-                f"{number}, 1 (keep) or 0 (prune)"
-            )
-        lost[name] = number - int(sum(values))
-        if lost[name] == number:
-            raise ModelError(f"{who} takes all {number} channels of {name}; one has to stay")
-    return lost
-
-
-def _plan_of(
-    group: Group, lost: Mapping[str, int], ascend_optimized: bool, channels: ChannelGraph
-) -> ChannelPlan | None:
-    """The plan by which a group's layers lose as many channels as asked; None: none."""
-    wanted = {name: lost.get(name, 0) for name in group.names}
-    if not any(wanted.values()):
-        return None
-    numbers = {name: len(positions_of(channels, name)) for name in group.names}
-    parts = list(shares(group, channels.flow.sets, channels.flow.blocks))
-    ratios = {exact_ratio(n, numbers[name]) for name, n in wanted.items() if n > 0}
-    for share in parts:
-        # What a share loses shows where it is a layer's only one.
-        ratios |= {
-            exact_ratio(gone, share.number)
-            for gone in set(wanted.values())
-            if 0 < gone < share.number
-        }
-    plans = [
-        ChannelPlan(ratio, flag)
-        for flag in ([True, False] if ascend_optimized else [False])
-        for ratio in sorted(ratios)
-    ]
-    return min(plans, key=lambda plan: _difference(group, wanted, plan, channels))
-
-
-def _difference(
-    group: Group, wanted: Mapping[str, int], plan: ChannelPlan, channels: ChannelGraph
-) -> int:
-    """By how many channels, over the layers of a group, a plan misses what was wanted."""
-    counts = dict.fromkeys(group.names, 0)
-    for share in shares(group, channels.flow.sets, channels.flow.blocks):
-        if share.multiple is None:
-            continue
-        kept = kept_of(share.number, plan.ratio, plan.ascend_optimized, share.multiple)
-        first = share.parts[0][0]
-        for name in group.names:
-            if (positions_of(channels, name) == first).any():
-                counts[name] += share.number - kept
-    return sum(abs(counts[name] - wanted[name]) for name in group.names)

@@ -36,7 +36,8 @@ from amct_pytorch.nn.calibrate import Check, Observe
 from amct_pytorch.nn.instrument import instrument
 from amct_pytorch.nn.retrain import RetrainLayer, retrain_layers, without_quantization
 from amct_pytorch.nn.simulate import IntegerOperands
-from amct_pytorch.nn.wrapped import Stage, compressed_layers
+from amct_pytorch.nn.sparse import sparse_layers
+from amct_pytorch.nn.wrapped import CompressedLayer, Stage, compressed_layers
 from amct_pytorch.processes import rank
 from amct_pytorch.record.factors import LayerFactors
 from amct_pytorch.record.record_file import RecordFile, write_record
@@ -192,7 +193,8 @@ def save_trained(
     why_float = reasons(graph)
     fused = _fused_norms(layers, graph)
     start_logging(to_file=True)
-    instrumented = instrument(plain, graph, inputs, layers, fused)
+    # Sparse layers that stay float are put in too, so that the files hold their sparse weight.
+    instrumented = instrument(plain, graph, inputs, {*layers, *sparse_layers(plain)}, fused)
     del plain
     checked = _Comparison.of(instrumented, layers, factors, inputs)
     looked = time.perf_counter()
@@ -290,12 +292,17 @@ def _deployed_weights(
     model: nn.Module, layers: Mapping[str, RetrainLayer], factors: Mapping[str, LayerFactors]
 ) -> None:
     """Puts weights on their four-bit grid that will be stored in eight bits."""
-    for name, layer in compressed_layers(model).items():
+    for name, layer in _quantized(model, layers).items():
         if layers[name].settings.weight_bits == factors[name].weight_bits:
             continue
         integers = layers[name].integers(layer.weight, factors[name])
         scale = torch.tensor(factors[name].scale_w).to(layer.weight.device)
         layer.weight.data.copy_(integers * layer.per_output(scale))
+
+
+def _quantized(model: nn.Module, layers: Mapping[str, RetrainLayer]) -> dict[str, CompressedLayer]:
+    """The layers of an instrumented model that are quantized."""
+    return {name: layer for name, layer in compressed_layers(model).items() if name in layers}
 
 
 class _Comparison:
@@ -315,7 +322,7 @@ class _Comparison:
         factors: Mapping[str, LayerFactors],
         inputs: ModelInputs,
     ) -> _Comparison:
-        found = compressed_layers(model)
+        found = _quantized(model, layers)
         operands = {
             name: IntegerOperands.on(
                 layer.weight.detach(),
@@ -334,7 +341,7 @@ class _Comparison:
         for stage in stages:
             # A copy for each run: a forward may change buffers and attributes.
             copied = copy_sharing_weights(model)
-            for layer in compressed_layers(copied).values():
+            for layer in _quantized(copied, layers).values():
                 layer.stage = stage
             with in_own_precision(model), random_state_kept(model):
                 results.append(inputs.copied().call(copied))
