@@ -9,21 +9,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from typing import NamedTuple
 
 import pytest
 import real_models
 import torch
+from photo_crops import PhotoCrops
 
 torch.set_num_threads(1)
-
-
-class PhotoCrops(NamedTuple):
-    """Crops of eight photos to calibrate on, and of the other twelve, labelled, to test on."""
-
-    calibration: torch.Tensor
-    heldout: torch.Tensor
-    labels: torch.Tensor
 
 
 @pytest.fixture(scope="session")

@@ -279,6 +279,8 @@ def test_an_interrupted_run_leaves_nothing(network, samples, number, status):
         cwd=network.parent,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell's background job, which the tests may be, ignores Ctrl-C, and so would its child.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stderr is not None
     for line in process.stderr:

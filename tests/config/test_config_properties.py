@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from amct_pytorch.config.calibration_json import dump_calibration_json
 from amct_pytorch.config.defaults import default_calibration_config
+from amct_pytorch.config.layered_json import dump_layered
 from amct_pytorch.config.models import (
     AdaParams,
     ArqParams,
@@ -25,7 +26,7 @@ from amct_pytorch.config.models import (
     IfmrParams,
     LayerConfig,
 )
-from amct_pytorch.config.retrain_json import default_retrain_config, dump_retrain_json
+from amct_pytorch.config.retrain_json import default_retrain_config
 from amct_pytorch.errors import AmctError
 
 few = settings(
@@ -133,7 +134,7 @@ override_layer_types { layer_type: 'Linear' calibration_config { hfmg_quantize {
 override_layer_configs { layer_name: "conv1" calibration_config { ada_quantize { } } }
 skip_fusion_layers: "bn1"
 """
-RETRAIN_JSON = dump_retrain_json(default_retrain_config(RETRAIN_LAYERS))
+RETRAIN_JSON = dump_layered(default_retrain_config(RETRAIN_LAYERS))
 RETRAIN_CFG = """\
 batch_num: 2
 retrain_data_quant_config { ulq_quantize { clip_max_min { clip_max: 3 clip_min: -0.5 } } }

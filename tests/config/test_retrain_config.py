@@ -8,9 +8,9 @@ from config_cases import REUSED
 from config_cases import load_retrain as load
 from config_cases import retrain_from_cfg as from_cfg
 
+from amct_pytorch.config.layered_json import dump_layered
 from amct_pytorch.config.retrain_json import (
     default_retrain_config,
-    dump_retrain_json,
     tell_of_layers,
 )
 from amct_pytorch.errors import ConfigError
@@ -19,7 +19,7 @@ ON = "retrain_data_quant_config {} "
 
 
 def test_the_file_has_the_layers_in_the_models_order_and_every_key_in_its_place():
-    text = dump_retrain_json(default_retrain_config(LAYERS))
+    text = dump_layered(default_retrain_config(LAYERS))
     document = json.loads(text)
     assert list(document) == [
         "version",
@@ -51,8 +51,8 @@ def test_what_is_dumped_is_loaded(tmp_path):
         retrain_weight_quant_config { ulq_retrain { channel_wise: false } }
         skip_layers: "head" """,
     )
-    assert load(tmp_path, dump_retrain_json(config)) == config
-    layer = json.loads(dump_retrain_json(config))["stem"]
+    assert load(tmp_path, dump_layered(config)) == config
+    layer = json.loads(dump_layered(config))["stem"]
     assert layer["retrain_data_config"] == {
         "algo": "ulq_quantize",
         "dst_type": "INT4",

@@ -9,6 +9,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
+from ort_sessions import cpu_session
 from torch import Tensor, nn
 
 import amct_pytorch as amct
@@ -90,7 +91,7 @@ def test_balanced_layers_are_the_same_in_float_and_run_as_deployed(name: str) ->
     deploy = amct.DeploySession("net_deploy_model.onnx").run(None, feeds)[0]
     assert np.allclose(deploy, fake, atol=1e-6)
     amct.deploy_to_qdq("net_deploy_model.onnx", "net_qdq.onnx")
-    portable = ort.InferenceSession("net_qdq.onnx").run(None, feeds)[0]
+    portable = cpu_session("net_qdq.onnx").run(None, feeds)[0]
     # It quantizes the tanh's input or output as well, with one range for all channels.
     assert np.linalg.norm(portable - wanted) < 0.1 * np.linalg.norm(wanted)
 
@@ -285,7 +286,7 @@ def test_linear_layers_get_a_scale_for_each_channel_where_the_config_asks(
         assert len(read_record("record.txt").factors["0"].scale_w) == (12 if wanted else 1)
     files_agree(quantized, x)
     amct.deploy_to_qdq("net_deploy_model.onnx", "net_qdq.onnx")
-    session = ort.InferenceSession("net_qdq.onnx")
+    session = cpu_session("net_qdq.onnx")
     portable = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
     assert np.linalg.norm(portable - model(x).detach().numpy()) < 0.02 * np.linalg.norm(portable)
     assert errors[True] < 0.3 * errors[False]

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 import torch
+from ort_sessions import cpu_session
 from torch import nn
 
 import amct_pytorch as amct
@@ -43,7 +43,7 @@ def calibrated(net: nn.Module, folder: str, prefix: str = "m") -> np.ndarray:
 
 
 def ran(path: str) -> np.ndarray:
-    session = ort.InferenceSession(path)
+    session = cpu_session(path)
     return np.asarray(session.run(None, {session.get_inputs()[0].name: X.numpy()})[0])
 
 

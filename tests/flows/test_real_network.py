@@ -14,9 +14,9 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from conftest import PhotoCrops
 from fidelity import Fidelity, compare
 from ort_sessions import cpu_session
+from photo_crops import PhotoCrops
 from torch import nn
 
 import amct_pytorch as amct

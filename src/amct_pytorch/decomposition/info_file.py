@@ -62,7 +62,7 @@ class DecomposedLayer(_Strict):
 
     ori_layer_info: OriginalLayer = Field(description="an object that describes the layer")
     mode: Literal["FCFK", "FCSK", "SCFK", "SCSK", "TUCKER2"] = Field(
-        description="FCFK, FCSK, SCFK, SCSK, TUCKER2"
+        description='"FCFK", "FCSK", "SCFK", "SCSK", "TUCKER2"'
     )
     decom_nodes: Nodes = Field(description="an object with first and last")
 
