@@ -268,14 +268,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--views", type=int, default=4)
     parser.add_argument("--rate", type=float)
-    parser.add_argument("--others", type=float, default=30, help="rate of biases, of the weights'")
+    parser.add_argument("--others", type=float, default=50, help="rate of biases, of the weights'")
     parser.add_argument("--images", type=int, default=60000)
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--epochs", type=int, default=3, help="of the float network")
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 4])
     options = parser.parse_args()
     if options.rate is None:
-        options.rate = 1e-5 if options.part == "lite0" else 0.02
+        options.rate = 2e-6 if options.part == "lite0" else 0.02
     torch.set_num_threads(1)
     if options.part == "peak":
         run_peak(options)
