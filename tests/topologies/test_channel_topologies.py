@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from topologies.channel_networks import CASES, Case
-from torch import Tensor, nn
 from topologies.zeroed import zeroed
+from torch import Tensor, nn
 
 import amct_pytorch as amct
 from amct_pytorch.flows.channel_pruning import channel_graph, kept_ledger

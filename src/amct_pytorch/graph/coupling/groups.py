@@ -171,9 +171,9 @@ def find_groups(sets: ChannelSets, slots: Sequence[Slot], blocks: Iterable[Block
                 inside[group].append(Member(slot, np.where(homes == group, position[roots], -1)))
     found: list[Group] = []
     for index, (group, order) in enumerate(zip(by_group, orders, strict=True)):
-        members = sorted(inside[group], key=lambda m: (m.slot.role is not Role.MAKES, m.slot.call))
+        own = sorted(inside[group], key=lambda m: (m.slot.role is not Role.MAKES, m.slot.call))
         staying = {at: reasons[root] for at, root in enumerate(order.tolist()) if root in reasons}
-        found.append(Group(index, order, tuple(members), staying))
+        found.append(Group(index, order, tuple(own), staying))
     return found
 
 
