@@ -122,7 +122,7 @@ def _set(*place, value):
         (_set("ori_layer_info", "in_channels", value=95), "in_channels: 95, while .* has 96"),
         (_set("ori_layer_info", "stride", value=[2, 2]), r"stride: \[2, 2\], while"),
         (_set("ori_layer_info", "stride", value=2), "stride is 2; allowed: two integers"),
-        (_set("mode", value="FCKF"), "mode is \"FCKF\"; allowed: \"FCFK\".*'FCSK'"),
+        (_set("mode", value="FCKF"), 'mode is "FCKF"; allowed: "FCFK".*\'FCSK\''),
         (_set("decom_nodes", "first", "weight_shape", value=[8, 96, 3]), "four integers"),
         (_set("decom_nodes", "first", "weight_shape", value=[8, 96, 3, 3]), "exactly one piece"),
         (_set("decom_nodes", "first", "weight_shape", value=[8, 96, 1, 1]), "exactly one|no piece"),
