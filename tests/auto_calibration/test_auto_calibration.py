@@ -565,4 +565,6 @@ def test_the_batch_that_layers_are_ranked_on_is_kept_on_disk_and_gone_afterwards
     monkeypatch.setattr("tempfile.tempdir", str(kept))
     search(Evaluator(190.0))
     assert f"inputs to rank on are kept in {kept}" in Path("amct_log/amct_pytorch.log").read_text()
-    assert not any(kept.rglob("*"))
+    # What torch makes there for its own sake stays.
+    left = [path for path in kept.iterdir() if not path.name.startswith("torchinductor")]
+    assert not left, left
