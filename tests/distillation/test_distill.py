@@ -305,3 +305,55 @@ def test_too_few_batches(tmp_path: Path) -> None:
     student, config = student_of(model, tmp_path, FOUR_BITS + "batch_num: 9")
     with pytest.raises(CalibrationError, match=r"yields 4 batches.*batch_num is 9"):
         amct.distill(model, student, config, images())
+
+
+class InPlaceBeside(nn.Module):
+    """Two branches that run in turns; what the first block of one makes is changed in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(2, 4, 1)
+        self.one, self.two, self.three = (nn.Conv2d(4, 4, 1) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        a, b = self.one(x), self.two(x)
+        b += 3
+        return self.three(a) + b
+
+
+def test_targets_are_those_before_a_change_in_place(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = InPlaceBeside().eval()
+    student, config = student_of(model, tmp_path, FOUR_BITS + "group_size: 2")
+    assert _groups(config) == [["stem"], ["one", "three"], ["two"]]
+    distilled = amct.distill(model, student, config, images(), epochs=0)
+    # The constant is not the block's to learn.
+    assert distilled.outcomes[2].loss_before < 0.1
+
+
+def test_another_loss_or_other_data_do_not_go_on_behind_an_interrupted_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = mixed()
+    student, config = student_of(model, tmp_path)
+    train, calls = teach.train_block, list[int]()
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return train(*args, **kwargs)
+
+    def run(scale: float, seed: int) -> None:
+        amct.distill(
+            model, student, config, images(seed=seed), loss=lambda a, b: F.mse_loss(a, b) * scale
+        )
+
+    monkeypatch.setattr(teach, "train_block", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(1.0, 1)
+    for scale, seed, trained in ((2.0, 1, 5), (1.0, 2, 5), (1.0, 1, 4)):
+        calls[:] = [1, 1]
+        run(scale, seed)
+        assert len(calls) - 2 == trained

@@ -14,16 +14,20 @@ from typing import Any, TypeVar
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from amct_pytorch.logs import logger
+
 
 class InputStatistics:
     """Statistics of one input tensor, for all layers that are called with it.
 
     Attributes:
         owner: the layer that counts new batches; the others find them counted.
+        batches: how many have been counted.
     """
 
     def __init__(self, owner: object) -> None:
         self.owner = owner
+        self.batches = 0
 
 
 Statistics = TypeVar("Statistics", bound=InputStatistics)
@@ -51,7 +55,8 @@ def statistics_for(
     """The statistics that a layer's input belongs to, and whether they have counted it.
 
     A layer's first input decides with whom it shares. If it is later given another tensor than
-    those it shares with, it goes on alone, from a copy.
+    those it shares with, it goes on alone: from a copy, or, where the owner's batch has been
+    counted already, anew from this batch on, with a line in the log.
 
     Args:
         x: the input.
@@ -73,13 +78,22 @@ def statistics_for(
         own = make() if known is None else known
     if known is own:
         return own, True
-    if own.owner is not owner:
+    if own.owner is not owner and own.batches > batch:
+        logger.warning(
+            "%s shared its input with another layer and is now given one of its own; what it "
+            "was given in %d earlier batches does not count",
+            getattr(owner, "layer_name", "a layer"),
+            batch,
+        )
+        own = make()
+    elif own.owner is not owner:
         own = copy.deepcopy(own, {id(own.owner): owner})
     return own, False
 
 
 def note_counted(x: Tensor, batch: int, statistics: InputStatistics) -> None:
     """Other layers that are called with `x` in this batch find it counted."""
+    statistics.batches = batch + 1
     _counted[x] = _Counted(weakref.ref(statistics), batch, _version(x))
 
 

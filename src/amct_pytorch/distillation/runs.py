@@ -69,8 +69,7 @@ class Run:
         if not part.trained:
             return None
         self._teacher.advance(block.ops[-1].index + 1)
-        # A later call may change it in place.
-        return self._teacher.take(block.result).clone()
+        return self._teacher.take(block.result)
 
     def student_output(self, part: Part, *, copied: bool) -> Tensor:
         """What the student's part makes of what the student made before it.

@@ -82,9 +82,9 @@ def teach(
     teacher = copy_model(model)
     layers = retrain_layers(student)
     parts = _parts(config, graph)
-    progress = Progress(
-        progress_root, state_key((teacher, student), config, teaching.described, len(batches))
-    )
+    held = [*teacher.state_dict().values(), *student.state_dict().values()]
+    held += [t for inputs in batches for t in tensors_in((inputs.args, inputs.kwargs))]
+    progress = Progress(progress_root, state_key(held, config, teaching.described))
     memory = Memory(config.data_dump)
     outcomes: list[BlockEntry] = []
     try:

@@ -21,6 +21,7 @@ from amct_pytorch.config.distill_json import (
 )
 from amct_pytorch.config.layered_json import dump_layered
 from amct_pytorch.distillation.groups import found_groups, user_groups
+from amct_pytorch.distillation.progress import identity
 from amct_pytorch.distillation.samples import DistillSampleBase, model_inputs
 from amct_pytorch.distillation.student import check_groups, create_student
 from amct_pytorch.distillation.teach import Teaching, teach
@@ -153,7 +154,7 @@ def distill(
     beside what the training of the blocks costs.
 
     Finished blocks are kept in `progress_dir` until all are: the same call after an interruption
-    goes on behind them. With a loader that yields the same batches the result is the same.
+    goes on behind them, if the loader yields the same batches, and ends with the same result.
 
     Args:
         model: the float model; left untouched.
@@ -193,7 +194,7 @@ def distill(
         loss=nn.functional.mse_loss if loss is None else loss,
         make_optimizer=_optimizer_maker(optimizer, lr),
         decay=optimizer is None,
-        described=(epochs, lr, _name(loss), _name(optimizer)),
+        described=(epochs, lr, identity(loss), identity(optimizer)),
     )
     folder = check_writable(Path(progress_dir) / "block", "progress_dir").parent
     outcomes = teach(model, student, graph, config, batches, teaching, folder)
@@ -302,12 +303,6 @@ def _check_student(student: object, config: DistillConfig, place: str) -> None:
             f"{place} {what} layer {name!r}, which {other} quantized in compress_model; give the "
             "config that it was created with"
         )
-
-
-def _name(thing: object) -> str:
-    if isinstance(thing, torch.optim.Optimizer):
-        return repr((type(thing).__name__, thing.defaults))
-    return getattr(thing, "__qualname__", type(thing).__qualname__)
 
 
 def _optimizer_maker(

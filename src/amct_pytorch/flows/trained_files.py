@@ -50,6 +50,13 @@ POOR_ADVICE = (
 )
 
 
+class SilentWriter:
+    """The forward hook of a copied model, which writes nothing."""
+
+    def __call__(self, *_: Any) -> None:
+        """Nothing."""
+
+
 class RecordWriter:
     """A forward hook: each inference pass in eval mode brings the record up to date.
 
@@ -62,6 +69,10 @@ class RecordWriter:
         self._path = path
         self._beside = beside or RecordFile()
         self._written: dict[str, LayerFactors] = {}
+
+    def __deepcopy__(self, _: Any) -> SilentWriter:
+        """A copy of the model (for an average of weights, say) does not write its record."""
+        return SilentWriter()
 
     @torch.compiler.disable
     def __call__(self, model: nn.Module, _: Any, __: Any) -> None:

@@ -30,7 +30,8 @@ class Replay:
         inputs: arguments of the run to do, in the shapes of the traced ones.
         tensors: parameters and buffers by name, which may be another model's.
         answers: calls to run in another way, by their index.
-        keep: values that are not let go before `take` has fetched them.
+        keep: values to copy as they are made, before a later call can change them in place;
+            `take` fetches them.
 
     Attributes:
         position: index of the next call.
@@ -54,12 +55,16 @@ class Replay:
         self._values: dict[int, Tensor] = dict(zip(trace.inputs, given, strict=True))
         self._values.update(trace.constants)
         self._last_use = {value: op.index for op in trace.ops for value in op.inputs}
-        self._kept = {*keep, *trace.outputs}
+        self._kept = frozenset(trace.outputs)
+        self._wanted = frozenset(keep)
+        self._copies: dict[int, Tensor] = {}
 
     def advance(self, position: int) -> None:
         """Does every call before `position` that has not been done."""
         for op in self._trace.ops[self.position : position]:
             self._do(op, self._values)
+            for value in self._wanted.intersection(op.outputs):
+                self._copies[value] = self._values[value].clone()
             for value in {*op.inputs, *op.outputs}:
                 if self._last_use.get(value, -1) <= op.index and value not in self._kept:
                     self._values.pop(value, None)
@@ -70,12 +75,8 @@ class Replay:
         return self._values[value]
 
     def take(self, value: int) -> Tensor:
-        """A value of `keep`, which need not be kept from now on."""
-        if value not in self._trace.outputs:
-            self._kept.discard(value)
-        if value not in self._kept and self._last_use.get(value, -1) < self.position:
-            return self._values.pop(value)
-        return self._values[value]
+        """A value of `keep` as it was made, once."""
+        return self._copies.pop(value)
 
     def run_part(self, ops: Collection[OpCall], given: Mapping[int, Tensor], result: int) -> Tensor:
         """Does some calls and nothing else; the run as far as it is done stays as it is.
@@ -96,6 +97,7 @@ class Replay:
     def held_bytes(self) -> int:
         """Bytes of the values that are held now; those that share memory count once each."""
         held = {id(tensor): tensor for tensor in self._moving().values()}
+        held.update((id(tensor), tensor) for tensor in self._copies.values())
         return sum(tensor.numel() * tensor.element_size() for tensor in held.values())
 
     def replace_held(self, move: Callable[[Tensor], Tensor]) -> None:
@@ -105,6 +107,7 @@ class Replay:
             if id(tensor) not in moved:
                 moved[id(tensor)] = move(tensor)
             self._values[value] = moved[id(tensor)]
+        self._copies = {value: move(tensor) for value, tensor in self._copies.items()}
 
     def _moving(self) -> dict[int, Tensor]:
         return {v: t for v, t in self._values.items() if v not in self._trace.constants}
