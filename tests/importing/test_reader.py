@@ -98,7 +98,6 @@ def test_names_that_no_module_can_have_are_changed(tmp_path, name):
     path = cnn(tmp_path, {"a": name, "d": "layer1.0.conv", "logits": "layer1"})
     read = same_as_runtime(path, floats(1, 3, 9, 9))
     assert len(read.layer_nodes) == 5
-    # Behind a layer of the name "layer1.0" no module of this name can be.
     assert "layer1.0.conv" in read.layer_nodes.values()
 
 
