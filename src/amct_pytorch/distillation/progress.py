@@ -98,7 +98,7 @@ def state_key(tensors: Iterable[Tensor], *settings: object) -> str:
     for tensor in tensors:
         digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
         plain = tensor.detach().cpu().contiguous().flatten()
-        digest.update(plain.view(torch.uint8).numpy())
+        digest.update(plain.view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 
