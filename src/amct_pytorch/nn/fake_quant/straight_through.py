@@ -57,10 +57,10 @@ class _LearnedScale(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, scale = ctx.saved_tensors
         grid = IntFormat(ctx.bits)
+        # In place where that can be: weights are what much of a network's memory goes to.
         steps = weight / scale
-        clipped = steps.clamp(grid.qmin, grid.qmax)
-        inside = steps == clipped
-        # The clipped ends are integers; inside, what rounding adds is the gradient.
-        share = torch.where(inside, torch.round(clipped) - clipped, clipped)
-        for_scale = (grad * share).sum_to_size(scale.shape).to(scale.dtype)
-        return torch.where(inside, grad, torch.zeros_like(grad)), for_scale, None
+        inside = (steps >= grid.qmin) & (steps <= grid.qmax)
+        share = torch.round(steps).clamp_(grid.qmin, grid.qmax)
+        share.sub_(steps.mul_(inside))
+        for_scale = share.mul_(grad).sum_to_size(scale.shape).to(scale.dtype)
+        return grad * inside, for_scale, None
