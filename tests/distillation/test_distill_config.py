@@ -172,3 +172,10 @@ def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
 )
 def test_the_function_and_the_package_are_one(script: str) -> None:
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_student_that_was_not_distilled_is_not_saved(tmp_path: Path) -> None:
+    student, _ = student_of(mixed(), tmp_path)
+    with pytest.raises(amct.AmctError, match=r"'stem\.0'.*call distill"):
+        amct.save_distill_model(student, tmp_path / "net", images()[0])
+    assert not list(tmp_path.glob("net*"))

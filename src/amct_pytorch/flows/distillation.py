@@ -29,6 +29,7 @@ from amct_pytorch.distillation.train_block import Loss, MakeOptimizer
 from amct_pytorch.errors import (
     ArgumentTypeError,
     ArgumentValueError,
+    CalibrationError,
     ConfigError,
     ModelError,
     shown,
@@ -235,6 +236,13 @@ def save_distill_model(
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(
             f"model is a {type(model).__name__}; allowed is what distill returned"
+        )
+
+    waiting = [n for n, layer in retrain_layers(model).items() if not layer.input_quantizer.ready]
+    if waiting:
+        raise CalibrationError(
+            f"the input ranges of {', '.join(map(repr, waiting))} are not known; call distill and "
+            "give what it returns"
         )
 
     def reasons(graph: ModelGraph) -> Mapping[str, str]:
