@@ -27,6 +27,7 @@ from amct_pytorch.errors import ModelError
 from amct_pytorch.graph.look import ModelGraph, copy_model
 from amct_pytorch.graph.tensors import ModelInputs, in_own_precision, random_state_kept, tensors_in
 from amct_pytorch.logs import logger
+from amct_pytorch.memory import release_memory
 from amct_pytorch.nn.retrain import RetrainLayer, retrain_layers
 from amct_pytorch.observers.statistics import Agreement
 from amct_pytorch.report.ledger import BlockEntry
@@ -94,6 +95,7 @@ def teach(
                 started = time.perf_counter()
                 targets = [run.reach(part) for run in runs]
                 memory.settle(runs)
+                release_memory()
                 if not part.trained:
                     with _training(layers, part):
                         _find_ranges(layers, runs, part, config)
