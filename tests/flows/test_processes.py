@@ -143,12 +143,14 @@ def test_layers_that_ran_in_one_process_only_are_corrected_too(
 
 BALANCE = """
 import json
-document = json.load(open(f"{folder}/c.json"))
-for value in document.values():
-    if isinstance(value, dict):
-        value["dmq_balancer_param"] = 0.5
-if rank == 0:
-    json.dump(document, open(f"{folder}/c.json", "w"))
+if rank == 0:  # who reads while another writes may find half a file
+    with open(f"{folder}/c.json") as file:
+        document = json.load(file)
+    for value in document.values():
+        if isinstance(value, dict):
+            value["dmq_balancer_param"] = 0.5
+    with open(f"{folder}/c.json", "w") as file:
+        json.dump(document, file)
 if world > 1:
     dist.barrier()
 watched = amct.quantize_preprocess(f"{folder}/c.json", f"{folder}/r.txt", model, batches[0])
