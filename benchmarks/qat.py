@@ -16,6 +16,7 @@ then this script with that environment's Python.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -48,7 +49,7 @@ def networks() -> dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]]:
     def mlp() -> nn.Module:
         widths = [512, 1024, 1024, 1024, 64]
         layers = []
-        for inputs, outputs in zip(widths, widths[1:], strict=False):
+        for inputs, outputs in itertools.pairwise(widths):
             layers += [nn.Linear(inputs, outputs), nn.ReLU()]
         return nn.Sequential(*layers)
 
