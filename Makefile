@@ -23,7 +23,7 @@ PY_DIRS := $(wildcard src tests examples benchmarks docs)
 .DEFAULT_GOAL := help
 .PHONY: help env test fuzz lint format types docs proto demo bench bench-peers bench-table \
   bench-decomposition bench-finetune bench-flow bench-gptq bench-super-resolution bench-decode \
-  bench-low-bit-peers bench-pruning bench-best bench-distillation bench-qat-flow bench-search \
+  bench-low-bit-peers bench-pruning bench-best bench-distillation bench-qat bench-qat-flow bench-search \
   command-line real-models kv-cache language-model clean distclean
 .DELETE_ON_ERROR:
 
@@ -44,6 +44,7 @@ help:
 	@echo "make bench-super-resolution    waifu2x beside ONNX Runtime's own quantizer"
 	@echo "make bench-best   ADA on EfficientNet-Lite0 and DMQ on MiniLM, beside the default settings"
 	@echo "make bench-distillation    EfficientNet-Lite0 distilled block by block"
+	@echo "make bench-qat    a training step with our operators, torch's own QAT and torchao's"
 	@echo "make bench-qat-flow    training with quantization: accuracy, step, memory (an hour)"
 	@echo "make bench-search auto calibration on EfficientNet-Lite0: trials, a kill in between"
 	@echo "make bench-gptq   one GPTQ layer against the textbook loop; SmolLM2-135M from end to end"
@@ -179,6 +180,9 @@ bench-best: $(VENV)/.stamp-language
 
 bench-distillation: env
 	$(BIN)/python benchmarks/distillation.py
+
+bench-qat: env
+	$(BIN)/python benchmarks/qat.py
 
 # Fashion-MNIST: see bench-finetune.
 bench-qat-flow: env

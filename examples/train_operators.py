@@ -93,6 +93,8 @@ def written(model: nn.Module, folder: Path, images: Tensor, labels: Tensor) -> d
         dynamic_shapes=({0: batch},),
         dynamo=True,
         verbose=False,
+        opset_version=18,
+        optimize=False,  # see docs/qat_operators.md, 5
     )
     amct.convert_qat_model(folder / "trained.onnx", folder / "net", folder / "record.txt")
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import amct_pytorch as amct
+from amct_pytorch.config.qat_operator import DataConfig, OperatorConfig, OperatorWeightConfig
 from amct_pytorch.flows.distillation import distill
 from amct_pytorch.low_bit.built_in import BUILT_IN
 from amct_pytorch.low_bit.gptq import GptqOptions
@@ -29,13 +30,8 @@ LOW_BIT_GUIDE = ROOT / "docs" / "low_bit_algorithms.md"
 PRUNING_GUIDE = ROOT / "docs" / "pruning.md"
 PTQ_GUIDE = ROOT / "docs" / "ptq.md"
 QAT_GUIDE = ROOT / "docs" / "qat.md"
-
-
+QAT_OPERATORS_GUIDE = ROOT / "docs" / "qat_operators.md"
 SPARSITY_GUIDE = ROOT / "docs" / "sparsity.md"
-
-
-SPARSITY_GUIDE = ROOT / "docs" / "sparsity.md"
-QAT_GUIDE = ROOT / "docs" / "qat.md"
 QUANTIZE_GUIDE = ROOT / "docs" / "low_bit.md"
 
 
@@ -223,6 +219,31 @@ def test_the_scripts_of_the_sparsity_guide_run(tmp_path, monkeypatch):
     assert ledger["compress_ratio"][1] >= 1.6
     entries = json.loads(Path("out/both_ledger.json").read_text())["layers"]
     assert [entry["status"] for entry in entries] == ["float", "quantized", "quantized"]
+
+
+def test_the_scripts_of_the_operators_guide_run_and_its_keys_exist(tmp_path, monkeypatch):
+    text = QAT_OPERATORS_GUIDE.read_text()
+    monkeypatch.chdir(tmp_path)
+    Path("out").mkdir()
+    torch.manual_seed(0)
+    names: dict[str, object] = {}
+    for script in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(compile(script, str(QAT_OPERATORS_GUIDE), "exec"), names)
+    session = amct.DeploySession("out/net_deploy_model.onnx")
+    deployed = session.run(None, {"image": names["images"].numpy()})[0]
+    with torch.no_grad():
+        trained = names["model"](names["images"]).numpy()
+    # A few inputs next to a half fall on its other side: a step of 8 bits each.
+    np.testing.assert_allclose(deployed, trained, rtol=0, atol=0.02 * np.abs(trained).max())
+
+    table = text.split("## 3 The config")[1].split("Behind a ReLU")[0]
+    named = {
+        key
+        for cell in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
+        for key in re.findall(r"`(\w+)`", cell)
+    }
+    blocks = (OperatorConfig, DataConfig, OperatorWeightConfig)
+    assert named == {key for block in blocks for key in block.model_fields}
 
 
 def test_the_scripts_of_the_training_guide_run_and_its_keys_exist(tmp_path, monkeypatch):

@@ -150,7 +150,7 @@ class IntFormat(NumberFormat):
             scale: positive, broadcastable to `x`.
             offset: integer, broadcastable to `x`.
         """
-        q = torch.round(x / scale).add_(offset).clamp_(self.qmin, self.qmax)
+        q = (x / scale).round_().add_(offset).clamp_(self.qmin, self.qmax)
         return q.to(x.dtype)
 
     def quantize_by_inverse(self, x: Tensor, inverse_scale: Tensor, offset: Tensor) -> Tensor:

@@ -192,9 +192,13 @@ def test_in_a_sequential_with_autocast():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_compiled_training_is_as_not_compiled():
+@both_algorithms
+def test_compiled_training_is_as_not_compiled(algo):
     torch.manual_seed(0)
-    model = nn.Sequential(Conv2dQAT(3, 4, 3), nn.ReLU(), nn.Flatten(), LinearQAT(4 * 16, 4))
+    config = {"retrain_weight_config": {"weights_retrain_algo": algo}}
+    model = nn.Sequential(
+        Conv2dQAT(3, 4, 3, config=config), nn.ReLU(), nn.Flatten(), LinearQAT(64, 4, config=config)
+    )
     x = torch.randn(2, 3, 6, 6)
     model(x)
     other = copy.deepcopy(model)

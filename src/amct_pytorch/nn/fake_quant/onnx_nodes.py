@@ -55,14 +55,20 @@ def dequantize(codes: Tensor, scale: Tensor, layout: WeightLayout) -> Tensor:
         return kept.contiguous(), factors, torch.zeros_like(factors, dtype=torch.int8)
 
     kept, factors, zeros = with_real_values(stored)
-    weight = torch.onnx.ops.symbolic(
+    symbolic = torch.onnx.ops.symbolic
+    weight = symbolic(
         "DequantizeLinear",
         (kept, factors, zeros),
         {"axis": axis} if per_channel else {},
         dtype=torch.float32,
         shape=kept.shape,
     )
-    if kept.shape != shape:
-        parts = weight.reshape(-1, groups, *shape[1:]).transpose(0, 1)
-        weight = parts.reshape(shape)
-    return weight
+    if kept.shape == shape:
+        return weight
+    apart = [kept.shape[0], groups, *shape[1:]]
+    swapped = [groups, kept.shape[0], *shape[1:]]
+    order = [1, 0, *range(2, len(apart))]
+    sizes = with_real_values(lambda: [torch.tensor(apart), torch.tensor(list(shape))])
+    parts = symbolic("Reshape", (weight, sizes[0]), dtype=torch.float32, shape=apart)
+    moved = symbolic("Transpose", (parts,), {"perm": order}, dtype=torch.float32, shape=swapped)
+    return symbolic("Reshape", (moved, sizes[1]), dtype=torch.float32, shape=shape)

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from amct_pytorch.formats import IntFormat
 
+# Weights worked on at a time.
+PART = 2**17
+
 
 def straight_through(weight: Tensor, scale: Tensor, number_format: IntFormat) -> Tensor:
     """`weight` rounded to multiples of `scale`; its gradient is that of the result.
@@ -57,10 +60,24 @@ class _LearnedScale(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, scale = ctx.saved_tensors
         grid = IntFormat(ctx.bits)
-        # In place where that can be: weights are what much of a network's memory goes to.
-        steps = weight / scale
-        inside = (steps >= grid.qmin) & (steps <= grid.qmax)
-        share = torch.round(steps).clamp_(grid.qmin, grid.qmax)
-        share.sub_(steps.mul_(inside))
-        for_scale = share.mul_(grad).sum_to_size(scale.shape).to(scale.dtype)
-        return grad * inside, for_scale, None
+        grad_weight = torch.empty_like(weight)
+        sums = []
+        for part in _parts(weight):
+            own = scale if scale.shape[0] == 1 else scale[part]
+            steps = weight[part] / own
+            inside = (steps >= grid.qmin) & (steps <= grid.qmax)
+            torch.mul(grad[part], inside, out=grad_weight[part])
+            share = torch.round(steps).clamp_(grid.qmin, grid.qmax)
+            share.sub_(steps.mul_(inside)).mul_(grad[part])
+            sums.append(share.sum_to_size(own.shape))
+        by_scale = torch.cat(sums) if scale.shape[0] > 1 else torch.stack(sums).sum(0)
+        return grad_weight, by_scale.to(scale.dtype), None
+
+
+def _parts(weight: Tensor) -> list[slice]:
+    """Rows of a weight, some at a time: what they need in between is small then."""
+    rows = weight.shape[0]
+    step = max(1, PART * rows // max(1, weight.numel()))
+    if torch.compiler.is_compiling():  # a compiler sees to that
+        step = rows
+    return [slice(first, first + step) for first in range(0, rows, step)]
