@@ -16,7 +16,6 @@ then this script with that environment's Python.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import subprocess
