@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from amct_pytorch.report.html.layout import Drawing, drawn
-from amct_pytorch.report.html.page import Histogram, Row
+from amct_pytorch.report.html.rows import Histogram, Row
 from amct_pytorch.report.network import Network
 
 NODE_WIDTH, NODE_HEIGHT = 168, 40

@@ -13,7 +13,8 @@ from pydantic import TypeAdapter, ValidationError
 from amct_pytorch.errors import ConfigError, PackageMissingError
 from amct_pytorch.files import PathLike, as_path, check_writable, read_text, write_whole
 from amct_pytorch.report.html.drawing import clipped_text, draw_histogram, draw_network
-from amct_pytorch.report.html.page import Page, comparison_tiles, given_ranking, page_of
+from amct_pytorch.report.html.page import Page, given_ranking, page_of
+from amct_pytorch.report.html.tiles import comparison_tiles
 from amct_pytorch.report.network import Network
 
 HERE = Path(__file__).parent
