@@ -137,7 +137,7 @@ def test_latency_is_measured_without_hooks_or_traces():
         (_conv(dilation=2), "dilation is"),
         (_conv(stride=3), "stride is"),
         (_conv(kernel_size=(3, 2)), "both sides"),
-        (_conv(32, 64), "too narrow: 32 channels"),
+        (_conv(32, 64), "too narrow: it has 32 channels on one side; a split pays from 64 on"),
         (_conv(1, 64, kernel_size=7), "too small"),
         (parametrizations.weight_norm(_conv()), "ParametrizedConv2d|computed"),
         (nn.utils.spectral_norm(_conv()), "computed or masked"),

@@ -121,6 +121,17 @@ def test_the_caller_keeps_mode_hooks_and_buffers(model: nn.Module) -> None:
     handle.remove()
 
 
+def test_a_model_in_training_mode_is_told(
+    model: nn.Module, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "amct_pytorch"):
+        amct.create_quant_config("eval.json", model.eval(), X)
+        assert "training mode" not in caplog.text
+        amct.create_quant_config("train.json", model.train(), X)
+    assert caplog.text.count("the model is in training mode") == 1
+    assert Path("eval.json").read_text() == Path("train.json").read_text()
+
+
 def test_bias_correction_lowers_the_error(model: nn.Module) -> None:
     calibrated(model)
     amct.save_model("m.onnx", "record.txt", "out/with")

@@ -84,11 +84,14 @@ def _shape_reason(conv: nn.Conv2d) -> str | None:
     if kernel < MIN_KERNEL:
         return f"kernel is {tuple(conv.kernel_size)}; both sides must be >= {MIN_KERNEL}"
     if kernel * channels < MIN_SIDE:
-        return f"too small: kernel {kernel} x channels {channels} is below {MIN_SIDE}"
+        return (
+            f"too small: the smaller kernel side ({kernel}) times the smaller number of channels "
+            f"({channels}) is below {MIN_SIDE}"
+        )
     if channels < MIN_CHANNELS and kernel < LARGE_KERNEL:
         return (
-            f"too narrow: {channels} channels; from {MIN_CHANNELS}, or kernel sides from "
-            f"{LARGE_KERNEL}, on a split pays"
+            f"too narrow: it has {channels} channels on one side; a split pays from "
+            f"{MIN_CHANNELS} on, or where both kernel sides are >= {LARGE_KERNEL}"
         )
     return None
 

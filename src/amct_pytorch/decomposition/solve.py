@@ -267,7 +267,10 @@ def _worth_it(solution: Solution, geometry: Geometry, minimum_saving: float) -> 
     for what, (before, after) in pairs.items():
         saved = 1 - after / before
         if saved <= 0:
-            return f"rank {solution.rank} would not save {what} ({after / before:.2f} of them)"
+            return (
+                f"rank {solution.rank} would not save {what}: the pieces have "
+                f"{after / before:.2f} times as many"
+            )
         if saved < minimum_saving:
             return (
                 f"rank {solution.rank} would save {saved:.1%} of its {what}; minimum_saving "

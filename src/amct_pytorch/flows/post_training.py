@@ -78,6 +78,10 @@ def create_quant_config(
     message = None if config_defination is None else parse_calibration_cfg(config_defination)
     graph = look_at(model, inputs)
     start_logging(to_file=True)
+    if model.training:
+        logger.warning(
+            "the model is in training mode; a copy of it is seen, calibrated and saved in eval mode"
+        )
     if message is None:
         config = default_calibration_config(
             graph.layers,

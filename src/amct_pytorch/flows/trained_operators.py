@@ -5,6 +5,9 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+from torch import nn
+
+from amct_pytorch.errors import ArgumentTypeError
 from amct_pytorch.files import PathLike, WholeFiles, check_distinct, check_writable
 from amct_pytorch.flows.arguments import public_call
 from amct_pytorch.flows.outputs import output_path
@@ -48,6 +51,12 @@ def convert_qat_model(
 
     start_logging(to_file=False)
     started = time.perf_counter()
+    if isinstance(model_file, nn.Module):
+        raise ArgumentTypeError(
+            f"model_file is a {type(model_file).__name__}, a module; allowed is a file: write it "
+            "first, with torch.onnx.export(model, (example,), 'net.onnx', dynamo=True), and give "
+            "'net.onnx'"
+        )
     targets = {name: output_path(save_path, name) for name in ("fake_quant", "deploy", "ledger")}
     for path in targets.values():
         check_writable(path, "save_path")
