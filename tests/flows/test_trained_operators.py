@@ -310,6 +310,6 @@ def test_bad_files_are_told_and_nothing_is_written(tmp_path):
         amct.convert_qat_model(tmp_path / "none.onnx", target)
     with pytest.raises(ArgumentValueError):
         amct.convert_qat_model(plain, target, record_file=plain)
-    with pytest.raises(ArgumentTypeError, match="is a Linear, a module; .* torch.onnx.export"):
+    with pytest.raises(ArgumentTypeError, match=r"is a Linear, a module; .* torch\.onnx\.export"):
         amct.convert_qat_model(nn.Linear(2, 3), target)
     assert not (tmp_path / "out").exists()
