@@ -21,8 +21,8 @@ export OMP_WAIT_POLICY := PASSIVE
 PY_DIRS := $(wildcard src tests examples benchmarks docs)
 
 .DEFAULT_GOAL := help
-.PHONY: help env test fuzz lint format types docs proto demo bench bench-peers bench-table \
-  bench-decomposition bench-finetune bench-flow bench-gptq bench-super-resolution bench-decode \
+.PHONY: help env test fuzz lint format types docs proto demo accuracy bench bench-peers bench-table \
+  bench-costs bench-decomposition bench-finetune bench-flow bench-gptq bench-super-resolution bench-decode \
   bench-low-bit-peers bench-pruning bench-best bench-distillation bench-qat bench-qat-flow bench-search \
   command-line real-models kv-cache language-model clean distclean
 .DELETE_ON_ERROR:
@@ -39,6 +39,7 @@ help:
 	@echo "make bench-peers  environments for the peers, under .bench/ (several GB of downloads)"
 	@echo "make bench        run every contender whose environment is there; rewrite the table"
 	@echo "make bench-decomposition, make bench-finetune    figures of tensor decomposition"
+	@echo "make bench-costs  the table of docs/costs.md from the results that are kept"
 	@echo "make bench-flow   time and memory of the flow on a network of ResNet-50's shape"
 	@echo "make bench-pruning    ResNet-50's shape with half its channels, beside Torch-Pruning"
 	@echo "make bench-super-resolution    waifu2x beside ONNX Runtime's own quantizer"
@@ -160,6 +161,9 @@ bench: env
 
 bench-table: env
 	$(BIN)/python benchmarks/table.py
+
+bench-costs: env
+	$(BIN)/python benchmarks/costs.py
 
 bench-flow: env
 	$(PIP) install --quiet --no-deps sympy mpmath

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import importlib
 import re
 from pathlib import Path
 
@@ -95,3 +96,16 @@ def test_migration_names_every_spelling_that_is_accepted(documented):
     row = re.search(rf"^\| `{documented}` \| (.*) \|$", (DOCS / "migration.md").read_text(), re.M)
     assert row is not None
     assert tuple(re.findall(r"`(\w+)`", row.group(1))) == OTHER_SPELLINGS[documented]
+
+
+def test_the_tables_of_costs_and_accuracy_are_those_of_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    accuracy = importlib.import_module("accuracy")
+    costs = importlib.import_module("costs")
+    for page, marker, table in (
+        (DOCS / "costs.md", "costs", costs.markdown()),
+        (DOCS / "accuracy.md", "accuracy", accuracy.markdown(accuracy.kept())),
+    ):
+        text = page.read_text().split(f"<!-- {marker}: begin -->\n")[1]
+        shown = text.split(f"\n<!-- {marker}: end -->")[0]
+        assert shown == table, f"run benchmarks/{marker}.py (accuracy: with --table)"
