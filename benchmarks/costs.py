@@ -135,7 +135,7 @@ def _low_bit(document: dict[str, Any]) -> Iterator[Row]:
                 f"{label}, int4 weights in groups of 64",
                 "SmolLM2-135M",
                 f"{found[name]['cpu_s']:.0f} s",
-                f"{found[name]['cpu_s'] / found['float']['cpu_s']:.1f} × a float pass over the same",
+                f"{found[name]['cpu_s'] / found['float']['cpu_s']:.1f} × a float pass",
                 f"{found[name]['peak_mb']:.0f} MB; float {found['float']['peak_mb']:.0f}",
             )
 
