@@ -14,7 +14,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 # Pages, and files that they link to.
-PATTERNS = ("*.md", "LICENSE", "docs/*.md", "examples/*.md", "examples/*.py", "benchmarks/*.md")
+PATTERNS = (
+    "*.md",
+    "LICENSE",
+    "docs/**/*.md",
+    "examples/*.md",
+    "examples/*.py",
+    "benchmarks/*.md",
+)
 
 
 def main(folder: Path) -> None:
