@@ -134,7 +134,9 @@ class _Foreseen:
         calls = self._flow.trace.ops[was.index :: -1]
         values, others = set(was.inputs), []
         for op in calls:
-            changes = any(value in self._flow.labels and self._changed(value) for value in op.inputs)
+            changes = any(
+                value in self._flow.labels and self._changed(value) for value in op.inputs
+            )
             if op is was or not values.isdisjoint(op.outputs):
                 if changes:
                     return op.index
