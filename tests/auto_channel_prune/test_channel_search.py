@@ -274,6 +274,8 @@ def test_the_ledger_tells_what_the_channels_are_worth():
     assert gone >= 0
     assert layers["head"]["sensitivity"] is None
     assert sum(x["bitops"][0] for x in layers.values()) == 2 * 32 * 32 * complexity(small())
+    drawn = [node["name"] for node in ledger["network"]["nodes"] if node["kind"] == "layer"]
+    assert drawn == list(layers)
 
 
 def test_it_is_public():

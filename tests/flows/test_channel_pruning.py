@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 import amct_pytorch as amct
@@ -16,6 +18,8 @@ from amct_pytorch.graph.look import look_at
 from amct_pytorch.graph.tensors import ModelInputs
 from amct_pytorch.record.attributes import attribute
 from amct_pytorch.record.record_file import read_record
+from amct_pytorch.report.html import write_report
+from amct_pytorch.report.network import Network
 
 BLOCK = "filter_pruner {{ balanced_l2_norm_filter_prune {{ prune_ratio: {} {} }} }}"
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -203,6 +207,20 @@ def test_ledger_counts_what_is_there(model: nn.Module, tmp_path: Path) -> None:
     assert (layers["side"].status, layers["head"].status) == ("pruned", "followed")
     assert layers["head"].reason == "it is the model's output"
     assert ledger.milliseconds is not None
+
+
+def test_the_report_draws_the_pruned_network(model: nn.Module, tmp_path: Path) -> None:
+    pytest.importorskip("jinja2")
+    amct.save_prune_retrain_model(prune(model, tmp_path, asking(0.5)), tmp_path / "net", X)
+    ledger = json.loads((tmp_path / "net_ledger.json").read_text())
+    network = TypeAdapter(Network).validate_python(ledger["network"])
+    assert network.sources() == {
+        "stem": [], "side": ["stem"], "wide": ["side", "stem"], "head": ["wide"]
+    }  # fmt: skip
+    write_report(tmp_path / "net_ledger.json", tmp_path / "net.html")
+    page = (tmp_path / "net.html").read_text()
+    assert "<svg" in page
+    assert "8 → 4" in page
 
 
 TWO_OF_FOUR = "n_out_of_m_pruner { l1_selective_prune { n_out_of_m_type: M4N2 } }"

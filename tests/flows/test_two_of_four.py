@@ -132,6 +132,8 @@ def test_the_ledger_tells_of_every_layer(folder, model):
     assert "one input channel in a group" in layers["depthwise"]["reason"]
     assert "reused layer: it ran 2 times" in layers["twice"]["reason"]
     assert ledger["totals"]["kept"] < ledger["totals"]["weights"]
+    drawn = [node["name"] for node in ledger["network"]["nodes"] if node["kind"] == "layer"]
+    assert set(SPARSE) <= set(drawn)
 
 
 def test_restored_training_goes_on_exactly(folder, model):

@@ -182,6 +182,31 @@ def mean_over_channels() -> nn.Module:
     return Net(run, stem=conv(3, 8), a=conv(8, 8), head=conv(8, 2))
 
 
+def mean_by_hand() -> nn.Module:
+    def run(m: Any, x: Tensor) -> Tensor:
+        x = m.a(m.stem(x))
+        mean = x.sum(1, keepdim=True) / x.shape[1]
+        return m.head(x * torch.sigmoid(mean))
+
+    return Net(run, stem=conv(3, 8), a=conv(8, 8), head=conv(8, 2))
+
+
+def scale_by_size() -> nn.Module:
+    def run(m: Any, x: Tensor) -> Tensor:
+        x = m.a(m.stem(x))
+        return m.head(x) * torch.full((1,), x.shape[1] ** -0.5)
+
+    return Net(run, stem=conv(3, 8), a=conv(8, 8), head=conv(8, 2))
+
+
+def scale_by_values() -> nn.Module:
+    def run(m: Any, x: Tensor) -> Tensor:
+        x = m.a(m.stem(x))
+        return m.head(x) / (1 + x.abs().sum().item())
+
+    return Net(run, stem=conv(3, 8), a=conv(8, 8), head=conv(8, 2))
+
+
 def reused_conv() -> nn.Module:
     def run(m: Any, x: Tensor) -> Tensor:
         x = m.stem(x)
@@ -683,6 +708,9 @@ CASES: dict[str, Case] = {
         attention_over_space, ("a", "inner"), (("mask", "one channel"),)
     ),
     "mean_over_channels": Case(mean_over_channels, ("stem",), (("a", "mean"),)),
+    "mean_by_hand": Case(mean_by_hand, ("stem",), (("a", "number of its channels"),)),
+    "scale_by_size": Case(scale_by_size, ("stem",), (("a", "number of its channels"),)),
+    "scale_by_values": Case(scale_by_values, ("stem", "a")),
     "reused_conv": Case(reused_conv, ("stem",), (("before", "reused layer"), ("twice", "reused"))),
     "tied_weights": Case(tied_weights, ("head.0",), (("stem", "reused layer"), ("a", "reused"))),
     "chunk_gate": Case(chunk_gate, ("a",)),

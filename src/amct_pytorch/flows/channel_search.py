@@ -61,6 +61,7 @@ from amct_pytorch.proto import AMCTRetrainConfig, PruneRecord
 from amct_pytorch.record.attributes import attribute
 from amct_pytorch.report.channel_search import SearchedLayer, SearchLedger
 from amct_pytorch.report.decomposition import ledger_beside
+from amct_pytorch.report.layer_facts import traced_network
 
 SENSITIVITIES: dict[str, type[SensitivityBase]] = {"TaylorLossSensitivity": TaylorLossSensitivity}
 SEARCHES: dict[str, type[SearchChannelBase]] = {"GreedySearch": GreedySearch}
@@ -133,6 +134,7 @@ def auto_channel_prune_search(
         type(rates).__name__,
         type(searches).__name__,
         seconds,
+        network=traced_network(graph),
     )
     comments = [
         f"compress_ratio {asked.compress_ratio:g} asked for, {reached:.4g} reached",

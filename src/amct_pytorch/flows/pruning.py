@@ -51,6 +51,7 @@ from amct_pytorch.proto import AMCTRetrainConfig
 from amct_pytorch.record.prune_groups import gone_of_record, has_channels, prune_records
 from amct_pytorch.record.record_file import RecordFile, read_record, write_record
 from amct_pytorch.record.selective import add_masks, has_selective, selective_nodes
+from amct_pytorch.report.layer_facts import traced_network
 from amct_pytorch.report.pruning import PruningLedger, pruning_table
 from amct_pytorch.report.sparsity import SparsityLedger
 
@@ -326,6 +327,7 @@ def save_pruned(
     ledger: SparsityLedger | PruningLedger
     ledger = kept_ledger(model) or sparsity_ledger(model, tuple(prunable(graph)))
     ledger.flow = flow
+    ledger.network = traced_network(graph)
     with WholeFiles() as files:
         for name in ("fake_quant", "deploy"):
             ledger.bytes[name] = save_onnx(

@@ -6,6 +6,8 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 
+from amct_pytorch.report.network import Network
+
 
 @dataclass
 class SearchedLayer:
@@ -42,6 +44,7 @@ class SearchLedger:
         seconds: wall time of each step.
         flow: name of the public function.
         version: of this file's format.
+        network: which layer feeds which.
     """
 
     compress_ratio: tuple[float, float]
@@ -52,6 +55,7 @@ class SearchLedger:
     seconds: dict[str, float] = field(default_factory=dict)
     flow: str = "auto_channel_prune_search"
     version: int = 1
+    network: Network | None = None
 
     def to_json(self) -> str:
         """JSON text; NaN and infinities never appear in it."""

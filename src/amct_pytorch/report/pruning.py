@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 from pydantic import TypeAdapter
 
+from amct_pytorch.report.network import Network
+
 PRUNING_LEDGER_VERSION = 1
 
 
@@ -73,6 +75,7 @@ class PruningLedger:
         notes: what concerns the whole model.
         flow: name of the public function.
         version: of this file's format.
+        network: which layer feeds which.
     """
 
     groups: list[GroupEntry]
@@ -86,6 +89,7 @@ class PruningLedger:
     notes: list[str] = field(default_factory=list)
     flow: str = "create_prune_retrain_model"
     version: int = PRUNING_LEDGER_VERSION
+    network: Network | None = None
 
     def to_json(self) -> str:
         """JSON text; NaN and infinities never appear in it."""

@@ -6,6 +6,8 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 
+from amct_pytorch.report.network import Network
+
 SPARSITY_LEDGER_VERSION = 1
 
 
@@ -49,6 +51,7 @@ class SparsityLedger:
         notes: what concerns the whole model.
         flow: name of the public function.
         version: of this file's format.
+        network: which layer feeds which.
     """
 
     layers: list[SparsityEntry]
@@ -58,6 +61,7 @@ class SparsityLedger:
     notes: list[str] = field(default_factory=list)
     flow: str = "save_prune_retrain_model"
     version: int = SPARSITY_LEDGER_VERSION
+    network: Network | None = None
 
     def add_up(self) -> None:
         """Fills `totals`."""

@@ -32,7 +32,8 @@ _ONE = """
     zeros_like ones_like empty_like rand_like randn_like full_like fill zero
     __neg__ __pos__ __abs__ __invert__ bernoulli
 """
-_SEVERAL = """
+# Of these, numbers among the arguments count as tensors do.
+SEVERAL = """
     add sub subtract rsub mul multiply div divide true_divide floor_divide pow float_power
     maximum minimum fmax fmin fmod remainder atan2 hypot where addcmul addcdiv lerp copysign
     clamp clamp_min clamp_max masked_fill copy xlogy logaddexp
@@ -54,7 +55,7 @@ def one(flow: Propagation, op: OpCall) -> Results:
     return [flow.of(found[0])]
 
 
-@rule(*_SEVERAL.split())
+@rule(*SEVERAL.split())
 def several(flow: Propagation, op: OpCall) -> Results:
     """Of entries of several operands, broadcast: they go together."""
     if len(op.shapes) != 1:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from amct_pytorch.graph.coupling.labels import ChannelSets, compact, varying
+from amct_pytorch.graph.coupling.numbers import Numbers, numbers_in
 from amct_pytorch.graph.coupling.propagation import Propagation, operands, place
 from amct_pytorch.graph.coupling.rules_movement import MOVING, moved
 from amct_pytorch.graph.look import copy_sharing_weights
@@ -38,9 +39,10 @@ def verify(
 ) -> tuple[Trace, Broken | None]:
     """Runs a pruned network and compares every call with the whole network's.
 
-    Each has to have results of the size foreseen, and calls that move data have to move the
-    channels that are left to where the graph says: a size written into the forward
-    (``x.view(n, 64)``, ``x[:, :32]``) shows here.
+    Each has to have results of the size foreseen, calls that move data have to move the
+    channels that are left to where the graph says, and numbers that are computed with must not
+    come from the number of channels: a size written into the forward (``x.view(n, 64)``,
+    ``x[:, :32]``), or taken from it (``x.sum(1) / x.shape[1]``) shows here.
 
     Args:
         flow: the whole network's run with its labels.
@@ -53,17 +55,23 @@ def verify(
         The pruned network's run, and the first call that differs.
     """
     trace, error = trace_until(copy_sharing_weights(pruned).train(training), inputs)
-    return trace, _compare(flow, alive, trace, error)
+    numbers = Numbers(trace, pruned, inputs, training)
+    return trace, _compare(flow, alive, trace, error, numbers)
 
 
 def _compare(
-    flow: Propagation, alive: np.ndarray, trace: Trace, error: Exception | None
+    flow: Propagation, alive: np.ndarray, trace: Trace, error: Exception | None, numbers: Numbers
 ) -> Broken | None:
     foreseen = _Foreseen(flow, alive)
     for was, now in zip(flow.trace.ops, trace.ops, strict=False):
         reason = foreseen.differs(was, now, trace)
         if reason is not None:
             return Broken(was.index, reason)
+        if numbers_in(was) != numbers_in(now) and not numbers.from_values(now):
+            return Broken(
+                foreseen.channels_before(was),
+                f"{place(was)} computes with the number of its channels",
+            )
     ran, should = len(trace.ops), len(flow.trace.ops)
     if error is not None and ran < should:
         was = flow.trace.ops[ran]
@@ -117,6 +125,25 @@ class _Foreseen:
             if not torch.equal(labels, rooted):
                 return f"{place(was)} takes other channels when there are fewer"
         return None
+
+    def channels_before(self, was: OpCall) -> int:
+        """The last call with channels that go in its inputs, of those that a call comes from.
+
+        Of all calls before it, if there is none among them.
+        """
+        calls = self._flow.trace.ops[was.index :: -1]
+        values, others = set(was.inputs), []
+        for op in calls:
+            changes = any(
+                value in self._flow.labels and self._changed(value) for value in op.inputs
+            )
+            if op is was or not values.isdisjoint(op.outputs):
+                if changes:
+                    return op.index
+                values.update(op.inputs)
+            elif changes:
+                others.append(op.index)
+        return others[0] if others else was.index
 
     def _changed(self, value: int) -> bool:
         labels = self._flow.labels.get(value)
