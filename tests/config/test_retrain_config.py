@@ -113,7 +113,7 @@ def test_wrong_values_are_told_with_their_place(tmp_path, layer, told):
         ({"stam": {}}, "stam: the model has no such layer.*'stem'"),
         ({"norm": {}}, "norm: the model has it, but"),
         ({"shared": {}}, f"shared: cannot be quantized: {REUSED}"),
-        ({"volume": {}}, "Conv3d is not trained; such are Conv2d, ConvTranspose2d, Linear"),
+        ({"volume": {}}, "Conv3d is not trained; such are Conv1d, Conv2d, ConvTranspose1d, "),
         (
             {"head": {"retrain_weight_config": {"channel_wise": True}}},
             "head.retrain_weight_config.channel_wise is true, which is not allowed: Linear has one",

@@ -313,3 +313,14 @@ def test_bad_files_are_told_and_nothing_is_written(tmp_path):
     with pytest.raises(ArgumentTypeError, match=r"is a Linear, a module; .* torch\.onnx\.export"):
         amct.convert_qat_model(nn.Linear(2, 3), target)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_operator_whose_range_is_not_known_is_not_exported(tmp_path: Path) -> None:
+    model = nn.Sequential(Conv2dQAT(2, 3, 3, config={"retrain_data_config": {"batch_num": 2}}))
+    x = torch.randn(1, 2, 6, 6)
+    model(x)
+    file = tmp_path / "net.onnx"
+    with pytest.raises(Exception, match="1 of batch_num 2 training batches have run") as told:
+        torch.onnx.export(model.eval(), (x,), file, dynamo=True, verbose=False)
+    assert isinstance(told.value.__cause__, CalibrationError)
+    assert not file.exists()

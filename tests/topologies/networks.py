@@ -70,6 +70,26 @@ class Residual(nn.Module):
         return self.head(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
 
 
+class Signal(nn.Module):
+    """A 1-D network with every option of its layers, a residual addition and a way up again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv1d(4, 8, 5, 2, 2, bias=False), nn.BatchNorm1d(8))
+        self.deep = nn.Sequential(nn.Conv1d(8, 8, 3, padding=2, dilation=2, groups=4), nn.ReLU())
+        self.branch = nn.Conv1d(8, 8, 1)
+        self.up = nn.Sequential(
+            nn.ConvTranspose1d(8, 6, 4, 2, 1, 1, groups=2, bias=False), nn.BatchNorm1d(6)
+        )
+        self.out = nn.ConvTranspose1d(6, 4, 3, dilation=2)
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        x = F.max_pool1d(F.relu(x + self.branch(self.deep(x))), 2)
+        return self.head(self.out(F.relu(self.up(x))).mean(2))
+
+
 class Concat(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -400,6 +420,12 @@ TOPOLOGIES = {
     "TransformerEncoderLayer": Topology(
         Encoder, ((2, 6, 16),), 3, (("block.self_attn.out_proj", "did not run"),)
     ),
+}
+
+
+# These only in training: calibration leaves 1-D convolutions in float.
+TRAINED_TOPOLOGIES = {
+    "1-D convolutions": Topology(Signal, ((2, 4, 33),), 6),
 }
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from flows.retraining_case import INT4, created, evaluated, run_files, saved, train
-from topologies.networks import TOPOLOGIES, trained_like
+from topologies.networks import TOPOLOGIES, TRAINED_TOPOLOGIES, trained_like
 from topologies.test_topologies import sqnr
 
 from amct_pytorch.nn.retrain import retrain_layers
@@ -31,11 +31,17 @@ STRUCTURES = {
     "weight_norm and spectral_norm": 2,
     "TransformerEncoderLayer": 3,
     "average pools": 2,
+    "1-D convolutions": 6,
 }
 
 
 FOUR_BITS = INT4 % "ulq_retrain"
-IN_FOUR_BITS = ("residual", "depthwise, groups and dilation", "transposed convolutions")
+IN_FOUR_BITS = (
+    "residual",
+    "depthwise, groups and dilation",
+    "transposed convolutions",
+    "1-D convolutions",
+)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +55,7 @@ def test_what_evaluates_is_what_is_deployed(
     name: str, cfg: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    topology = TOPOLOGIES[name]
+    topology = {**TOPOLOGIES, **TRAINED_TOPOLOGIES}[name]
     torch.manual_seed(7)
     batches = [tuple(torch.randn(shape) for shape in topology.shapes) for _ in range(4)]
     model = trained_like(topology.build(), batches[0]).train()

@@ -109,14 +109,18 @@ def fp16_scale(scale: float) -> float:
 
 
 def output_ranges(statistics: Mapping[str, LayerStatistics]) -> dict[str, tuple[float, float]]:
-    """8-bit ranges [lo, hi] of the outputs that were observed, by layer name.
+    """8-bit ranges [lo, hi] of the outputs that were observed, by layer name."""
+    return {
+        name: output_range(observed.outputs)
+        for name, observed in statistics.items()
+        if observed.outputs is not None and observed.outputs.total
+    }
 
-    Chosen like an asymmetric input range, by the error over the observed values.
+
+def output_range(observed: Histogram) -> tuple[float, float]:
+    """The 8-bit range [lo, hi] of an output, of which some values were observed.
+
+    Chosen like an asymmetric input range, by the error over these values.
     """
-    ranges = {}
-    for name, observed in statistics.items():
-        if observed.outputs is None or observed.outputs.total == 0:
-            continue
-        scale, offset = search_range(observed.outputs, SearchSettings(), INT8, symmetric=False)
-        ranges[name] = ((INT8.qmin - offset) * scale, (INT8.qmax - offset) * scale)
-    return ranges
+    scale, offset = search_range(observed, SearchSettings(), INT8, symmetric=False)
+    return (INT8.qmin - offset) * scale, (INT8.qmax - offset) * scale

@@ -17,7 +17,7 @@ from amct_pytorch.config.models import (
     WeightParams,
 )
 from amct_pytorch.errors import did_you_mean
-from amct_pytorch.graph.layers import ADA_KINDS, LAYER_KINDS, SeenLayer
+from amct_pytorch.graph.layers import ADA_KINDS, CALIBRATED_KINDS, LAYER_KINDS, SeenLayer
 
 logger = logging.getLogger("amct_pytorch")
 
@@ -165,7 +165,7 @@ def unknown_layer(
     name: str,
     layers: Iterable[SeenLayer],
     module_names: Iterable[str] = (),
-    kinds: Iterable[str] = tuple(LAYER_KINDS),
+    kinds: Iterable[str] = CALIBRATED_KINDS,
     done: str = "quantized",
 ) -> str:
     """The sentence for a name that is none of `layers`, which are of the types `kinds`."""

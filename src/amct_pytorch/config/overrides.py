@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 
 from amct_pytorch.config.layer_rules import unknown_layer
 from amct_pytorch.errors import ProblemList, did_you_mean, shown
-from amct_pytorch.graph.layers import LAYER_KINDS, SeenLayer
+from amct_pytorch.graph.layers import CALIBRATED_KINDS, SeenLayer
 
 logger = logging.getLogger("amct_pytorch")
 
@@ -33,7 +33,7 @@ class Overrides(Generic[Block]):
         layers: Sequence[SeenLayer],
         module_names: Collection[str],
         problems: ProblemList,
-        kinds: Collection[str] = tuple(LAYER_KINDS),
+        kinds: Collection[str] = CALIBRATED_KINDS,
         done: str = "quantized",
     ) -> None:
         self.common = common

@@ -16,7 +16,7 @@ from amct_pytorch.errors import ConfigError
 from amct_pytorch.graph.layers import LAYER_KINDS, SeenLayer
 
 # Layer types whose quantization is trained.
-RETRAIN_KINDS = ("Conv2d", "ConvTranspose2d", "Linear")
+RETRAIN_KINDS = ("Conv1d", "Conv2d", "ConvTranspose1d", "ConvTranspose2d", "Linear")
 DST_TYPES = '"INT8" or "INT4" (INT16 is reserved for a later version)'
 BITS = {"INT8": 8, "INT4": 4}
 # Layers with no more input channels are small, and quantizing them costs more than it gains.

@@ -23,7 +23,7 @@ from amct_pytorch.flows.preparation import InputData
 from amct_pytorch.flows.pruning import prune, prune_again, save_pruned, what_is_asked
 from amct_pytorch.flows.retraining import quantized_for_training
 from amct_pytorch.flows.trained_files import begin_record, save_trained
-from amct_pytorch.graph.layers import SeenLayer
+from amct_pytorch.graph.layers import LAYER_KINDS, SeenLayer
 from amct_pytorch.graph.look import look_at
 from amct_pytorch.graph.tensors import ModelInputs
 from amct_pytorch.logs import start_logging
@@ -236,7 +236,7 @@ def _quantized(
     model: nn.Module, inputs: ModelInputs, message: AMCTRetrainConfig, cfg: PathLike
 ) -> nn.Module:
     """A copy of a model, sparse or not, whose layers are quantized in training."""
-    graph = look_at(model, inputs)
+    graph = look_at(model, inputs, LAYER_KINDS)
     layers = retrainable(graph.layers)
     config = retrain_config_from_cfg(
         _without_pruning(message), layers, graph.module_names, str(cfg)

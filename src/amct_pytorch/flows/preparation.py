@@ -23,7 +23,7 @@ from amct_pytorch.files import PathLike, WholeFiles, check_distinct, check_writa
 from amct_pytorch.flows.calibration import Calibration, CalibrationResult, ada_settings
 from amct_pytorch.flows.calibration_ledger import calibration_ledger
 from amct_pytorch.graph.activations import following_activations
-from amct_pytorch.graph.layers import LAYER_KINDS
+from amct_pytorch.graph.layers import CALIBRATED_KINDS
 from amct_pytorch.graph.look import ModelGraph, look_at
 from amct_pytorch.graph.pairs import scalable_pairs
 from amct_pytorch.graph.readers import layers_read_in_float
@@ -303,7 +303,7 @@ def balance_factors(
 def nothing_to_quantize(graph: ModelGraph) -> str:
     """Why no layer of a model can be quantized, or what to do that one is."""
     if not graph.layers:
-        return f"the model has no layer that can be quantized; such are {', '.join(LAYER_KINDS)}"
+        return f"the model has no layer that can be quantized; such are {', '.join(CALIBRATED_KINDS)}"
     if any(layer.quantizable for layer in graph.layers):
         return "set quant_enable of at least one layer to true"
     reasons = "; ".join(f"{layer.name or 'the model'}: {layer.reason}" for layer in graph.layers)

@@ -44,7 +44,8 @@ def create_quant_retrain_config(
 ) -> None:
     """Finds every layer whose quantization can be trained and writes the config as JSON.
 
-    The layers are Conv2d, ConvTranspose2d (padding_mode zeros, 4-D input) and Linear. The model
+    The layers are Conv1d, Conv2d, ConvTranspose1d, ConvTranspose2d (padding_mode zeros, input
+    with a batch dimension) and Linear. The model
     is run once on `input_data`, in eval mode, to see them. Layers that cannot be trained
     (reused, tied, never run, …) are left out with a log line that says why.
 
@@ -67,7 +68,7 @@ def create_quant_retrain_config(
         check_distinct(config_defination=config_defination, config_file=config_file)
     message = None if config_defination is None else parse_retrain_cfg(config_defination)
     _check_float(model)
-    graph = look_at(model, inputs)
+    graph = look_at(model, inputs, LAYER_KINDS)
     start_logging(to_file=True)
     layers = retrainable(graph.layers)
     if message is None:
@@ -215,7 +216,7 @@ def _created(
     check_distinct(config_file=config_file, record_file=record_file)
     record_path = check_writable(record_file, "record_file")
     _check_float(model)
-    graph = look_at(model, inputs)
+    graph = look_at(model, inputs, LAYER_KINDS)
     layers = retrainable(graph.layers)
     config = load_retrain_json(config_file, layers, graph.module_names)
     trained = quantized_for_training(model, graph, config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -12,11 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from amct_pytorch.algorithms.solve import output_range
 from amct_pytorch.errors import CalibrationError, ModelError
 from amct_pytorch.files import PathLike, WholeFiles, check_distinct, check_writable
 from amct_pytorch.flows.outputs import output_path
 from amct_pytorch.flows.preparation import Names, names_of_weights, warn_if_poor
 from amct_pytorch.flows.training_ledger import training_ledger
+from amct_pytorch.graph.layers import LAYER_KINDS
 from amct_pytorch.graph.look import (
     ModelGraph,
     check_model,
@@ -30,7 +33,7 @@ from amct_pytorch.graph.tensors import (
     random_state_kept,
     tensors_in,
 )
-from amct_pytorch.logs import start_logging
+from amct_pytorch.logs import logger, start_logging
 from amct_pytorch.memory import release_memory
 from amct_pytorch.nn.calibrate import Check, Observe
 from amct_pytorch.nn.instrument import instrument
@@ -69,6 +72,7 @@ class RecordWriter:
         self._path = path
         self._beside = beside or RecordFile()
         self._written: dict[str, LayerFactors] = {}
+        self._told = False  # that ranges are not known
 
     def __deepcopy__(self, _: Any) -> SilentWriter:
         """A copy of the model (for an average of weights, say) does not write its record."""
@@ -79,14 +83,27 @@ class RecordWriter:
         """Writes the factors, if they are others than those written last."""
         if model.training or rank() != 0:
             return
-        factors = {
-            name: layer.found
-            for name, layer in retrain_layers(model).items()
-            if layer.found is not None
-        }
+        layers = retrain_layers(model)
+        self._tell_of_float(layers)
+        factors = {name: layer.found for name, layer in layers.items() if layer.found is not None}
         if factors and factors != self._written:
             write_record(self._path, replace(self._beside, factors=factors), announce=False)
             self._written = factors
+
+    def _tell_of_float(self, layers: Mapping[str, RetrainLayer]) -> None:
+        waiting = [name for name, layer in layers.items() if not layer.input_quantizer.ready]
+        if waiting and not self._told:
+            self._told = True
+            quantizer = layers[waiting[0]].input_quantizer
+            logger.warning(
+                "%d of %d layers were evaluated in float (%s first): %d of batch_num %d training "
+                "batches have run, and the ranges of their inputs start from these",
+                len(waiting),
+                len(layers),
+                waiting[0],
+                quantizer.seen,
+                quantizer.batch_num,
+            )
 
 
 def begin_record(
@@ -165,7 +182,9 @@ def save_trained(
     Raises:
         AmctError: naming the argument, file or layer; nothing is written then.
     """
-    from amct_pytorch.export.deploy import build_deploy
+    from onnx import helper
+
+    from amct_pytorch.export.deploy import EXTRA_RANGES, build_deploy
     from amct_pytorch.export.fake_quant import build_fake_quant
     from amct_pytorch.export.float_model import (
         check_exportable,
@@ -198,7 +217,7 @@ def save_trained(
         )
     plain = copy_model(trained)
     without_quantization(plain)
-    graph = look_at(plain, inputs)
+    graph = look_at(plain, inputs, LAYER_KINDS)
     check_output_count(output_names, len(graph.trace.outputs))
     check_exportable(graph.trace)
     why_float = reasons(graph)
@@ -236,6 +255,7 @@ def save_trained(
         if entry.name in notes:
             entry.notes.append(notes[entry.name])
     ledger.blocks = list(blocks)
+    helper.set_model_props(float_model, {EXTRA_RANGES: json.dumps(_output_ranges(trained))})
     release_memory()
     with WholeFiles() as files:
         ledger.bytes = {
@@ -297,6 +317,15 @@ def _fused_norms(layers: Mapping[str, RetrainLayer], graph: ModelGraph) -> dict[
         if norm is not None:
             fused[name] = norm
     return fused
+
+
+def _output_ranges(model: nn.Module) -> dict[str, tuple[float, float]]:
+    """Ranges of what layers returned when the model was evaluated, where that was observed."""
+    return {
+        name: output_range(layer.outputs)
+        for name, layer in retrain_layers(model).items()
+        if layer.outputs is not None and layer.outputs.total
+    }
 
 
 def _deployed_weights(

@@ -40,6 +40,7 @@ class LayerKind:
         low_bit_weights: whether 6- and 7-bit weights are defined for it without ADA.
         ada: whether ADA can choose its rounding, from 8 down to 4 bits.
         symmetric_inputs: whether its input never gets a zero point.
+        only_trained: whether it is quantized in training only, not by calibration alone.
         limits: the reason why a module of the kind cannot be quantized, or None.
     """
 
@@ -55,6 +56,7 @@ class LayerKind:
     low_bit_weights: bool = False
     ada: bool = False
     symmetric_inputs: bool = False
+    only_trained: bool = False
     limits: Callable[[nn.Module], str | None] = lambda module: None
 
     @property
@@ -76,6 +78,7 @@ LAYER_KINDS: MappingProxyType[str, LayerKind] = MappingProxyType(
     {
         kind.name: kind
         for kind in (
+            LayerKind("Conv1d", nn.Conv1d, ("conv1d",), ("Conv",), (3, 3), only_trained=True),
             LayerKind(
                 "Conv2d",
                 nn.Conv2d,
@@ -93,6 +96,16 @@ LAYER_KINDS: MappingProxyType[str, LayerKind] = MappingProxyType(
                 (5, 5),
                 symmetric_inputs=True,
                 limits=_conv3d_limits,
+            ),
+            LayerKind(
+                "ConvTranspose1d",
+                nn.ConvTranspose1d,
+                ("conv_transpose1d",),
+                ("ConvTranspose",),
+                (3, 3),
+                out_axis=1,
+                transposed=True,
+                only_trained=True,
             ),
             LayerKind(
                 "ConvTranspose2d",
@@ -127,6 +140,8 @@ LAYER_KINDS: MappingProxyType[str, LayerKind] = MappingProxyType(
         )
     }
 )
+# Those that calibration quantizes, and that a look at a model finds unless others are asked for.
+CALIBRATED_KINDS = tuple(name for name, kind in LAYER_KINDS.items() if not kind.only_trained)
 ADA_KINDS = frozenset(name for name, kind in LAYER_KINDS.items() if kind.ada)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from amct_pytorch.errors import ArgumentTypeError, ModelError
-from amct_pytorch.graph.layers import LAYER_KINDS, LayerKind, SeenLayer
+from amct_pytorch.graph.layers import CALIBRATED_KINDS, LAYER_KINDS, LayerKind, SeenLayer
 from amct_pytorch.graph.tensors import ModelInputs
 from amct_pytorch.graph.trace import OpCall, Operand, Trace, trace_forward
 
@@ -133,8 +133,15 @@ def copy_sharing_weights(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
-def look_at(model: nn.Module, inputs: ModelInputs) -> ModelGraph:
+def look_at(
+    model: nn.Module, inputs: ModelInputs, kinds: Collection[str] = CALIBRATED_KINDS
+) -> ModelGraph:
     """Runs a copy of `model` once on `inputs` and reports its layers.
+
+    Args:
+        model: left untouched.
+        inputs: that it can be run on.
+        kinds: names of the types of layers to report; modules of others count as operators.
 
     Raises:
         ArgumentTypeError: `model` is no module.
@@ -148,7 +155,7 @@ def look_at(model: nn.Module, inputs: ModelInputs) -> ModelGraph:
     calls: dict[str, OpCall] = {}
     for path, module in watched.named_modules():
         kind = kind_of(module)
-        if kind is None:
+        if kind is None or kind.name not in kinds:
             continue
         own_calls = _own_calls(trace, path, kind)
         unreachable = _why_unreachable(path, module, kind, own_calls, trace, sharing)
@@ -163,7 +170,7 @@ def look_at(model: nn.Module, inputs: ModelInputs) -> ModelGraph:
     quantizable = {layer.name: calls[layer.name] for layer in layers if layer.quantizable}
     return ModelGraph(
         tuple(layers),
-        tuple(_other_modules(watched)),
+        tuple(_other_modules(watched, kinds)),
         _find_fusable_norms(watched, trace, quantizable),
         calls,
         tuple(path for path, _ in model.named_modules() if path),
@@ -171,10 +178,11 @@ def look_at(model: nn.Module, inputs: ModelInputs) -> ModelGraph:
     )
 
 
-def _other_modules(model: nn.Module) -> Iterator[OtherModule]:
+def _other_modules(model: nn.Module, kinds: Collection[str]) -> Iterator[OtherModule]:
     for path, module in model.named_modules():
         weights = [p.numel() for p in module.parameters(recurse=False) if p.dim() > 1]
-        if weights and kind_of(module) is None:
+        kind = kind_of(module)
+        if weights and (kind is None or kind.name not in kinds):
             yield OtherModule(path, type(module).__name__, sum(weights))
 
 

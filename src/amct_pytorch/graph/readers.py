@@ -26,6 +26,7 @@ PASSING = frozenset(
         "contiguous",
         "squeeze",
         "unsqueeze",
+        "max_pool1d",
         "max_pool2d",
         "dropout",
         "dropout_",

@@ -9,6 +9,7 @@ arXiv 1806.08342, section 3.2.2).
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,15 +22,17 @@ from amct_pytorch.algorithms.arq import bias_limit, floored_for_bias
 from amct_pytorch.errors import ModelError
 from amct_pytorch.formats import IntFormat
 from amct_pytorch.formats.integer import SMALLEST_SCALE
-from amct_pytorch.graph.layers import LAYER_KINDS, LayerKind, SeenLayer
+from amct_pytorch.graph.layers import LAYER_KINDS, LayerKind
 from amct_pytorch.graph.look import ModelGraph
+from amct_pytorch.graph.readers import layers_read_in_float
 from amct_pytorch.nn.fake_quant.activation import ActivationFakeQuant
 from amct_pytorch.nn.fake_quant.learned_clip import observed_only
 from amct_pytorch.nn.fake_quant.weight import ARQ, WeightFakeQuant
 from amct_pytorch.nn.fuse_norm import fuse_norm
 from amct_pytorch.nn.intercept import LayerCall
-from amct_pytorch.nn.simulate import IntegerOperands
+from amct_pytorch.nn.simulate import IntegerOperands, without_autograd
 from amct_pytorch.nn.wrapped import LayerStandIn, Wrapped, replace_modules
+from amct_pytorch.observers.histogram import Histogram
 from amct_pytorch.processes import world_size
 from amct_pytorch.record.factors import FORCE_FP16, LayerFactors
 
@@ -119,9 +122,12 @@ class RetrainLayer(LayerStandIn):
         weight_shape: shape of its call's weight.
         settings: how it is quantized.
         norm: the BatchNorm behind it and behind nothing else; None: there is none.
+        with_outputs: whether the range of its output is wanted too.
 
     Attributes:
         found: factors as of the last evaluation pass through the layer.
+        outputs: what it returned in evaluation since it was last trained, where that is wanted;
+            no part of the state dict.
     """
 
     def __init__(
@@ -133,12 +139,15 @@ class RetrainLayer(LayerStandIn):
         weight_shape: tuple[int, ...],
         settings: TrainedQuantization,
         norm: TrainedNorm | None,
+        *,
+        with_outputs: bool = False,
     ) -> None:
         super().__init__(kind, layer)
         self.name = name
         self.layout = kind.layout(groups)
         self.settings = settings
         self.found: LayerFactors | None = None
+        self.outputs = Histogram() if with_outputs else None
         self._in_float = False  # the present forward, also when it is run again
         # In a tuple, so that it is no submodule a second time.
         self._norm = (norm,)
@@ -185,7 +194,11 @@ class RetrainLayer(LayerStandIn):
             if self.found.complete and self._evaluates():
                 if self.norm is not None:
                     self.norm.folded = True
-                return self.integer_operands(weight, bias, self.found).run(self, call)
+                y = self.integer_operands(weight, bias, self.found).run(self, call)
+                self._observe_output(y)
+                return y
+        elif self.outputs is not None and self.outputs.total:
+            self.outputs = Histogram()
         again = _runs_again()
         if not again:
             self._in_float = not self.input_quantizer.ready
@@ -204,6 +217,14 @@ class RetrainLayer(LayerStandIn):
         if torch.is_grad_enabled():
             return False
         return self.norm is None or not self.norm.norm.training
+
+    @torch.compiler.disable
+    @without_autograd
+    def _observe_output(self, y: Tensor) -> None:
+        if self.outputs is not None:
+            # Who evaluates on NaN sees it in the result; a range it does not make.
+            with contextlib.suppress(ValueError):
+                self.outputs.update(y)
 
     def fake_quantized(self, weight: Tensor) -> Tensor:
         """The weight on the grid that it will be deployed on, in the units of the layer itself.
@@ -353,12 +374,14 @@ def instrument_for_training(
         ModelError: a weight, bias or BatchNorm holds NaN or infinity.
     """
     layers = {layer.name: layer for layer in graph.layers}
+    fused = {name: norm for name, norm in graph.fusable_norms.items() if name in settings}
+    with_outputs = layers_read_in_float(graph, settings, fused)
     replacements: dict[nn.Module, nn.Module] = {}
     for name, wanted in settings.items():
         module = model.get_submodule(name)
         _check_finite(name, module)
         norm = None
-        norm_name = graph.fusable_norms.get(name)
+        norm_name = fused.get(name)
         if norm_name is not None:
             inner = model.get_submodule(norm_name)
             assert isinstance(inner, _BatchNorm)
@@ -366,15 +389,18 @@ def instrument_for_training(
             norm = TrainedNorm(inner)
             norm.training = inner.training
             replacements[inner] = norm
-        replacements[module] = _retrain_layer(layers[name], module, wanted, norm)
+        layer = layers[name]
+        replacements[module] = RetrainLayer(
+            name,
+            LAYER_KINDS[layer.kind],
+            module,
+            layer.groups,
+            layer.weight_shape,
+            wanted,
+            norm,
+            with_outputs=name in with_outputs,
+        )
     replace_modules(model, replacements)
-
-
-def _retrain_layer(
-    layer: SeenLayer, module: nn.Module, settings: TrainedQuantization, norm: TrainedNorm | None
-) -> RetrainLayer:
-    kind = LAYER_KINDS[layer.kind]
-    return RetrainLayer(layer.name, kind, module, layer.groups, layer.weight_shape, settings, norm)
 
 
 def without_quantization(model: nn.Module) -> None:

@@ -144,6 +144,10 @@ class ActivationFakeQuant(RealValues):
             scale, offset = with_real_values(self.factors)
             return quantize_dequantize(x, scale, offset, self.number_format)
         if not self.ready:
+            if torch.compiler.is_exporting():
+                # The ONNX exporter tries again in a way in which is_in_onnx_export() is False, and
+                # must not write a float layer then.
+                raise CalibrationError("exported before its range is known")
             if not self.training:
                 return x
             # What is observed is no graph to be compiled.

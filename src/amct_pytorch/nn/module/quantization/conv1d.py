@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from amct_pytorch.graph.layers import LayerKind
+from amct_pytorch.graph.layers import LAYER_KINDS, LayerKind
 from amct_pytorch.nn.module.quantization.qat_conv import QatConv
 
 
@@ -39,4 +39,4 @@ class Conv1dQAT(QatConv, nn.Conv1d):
         ConfigError: the config has unknown keys or values that are not allowed.
     """
 
-    KIND: ClassVar[LayerKind] = LayerKind("Conv1d", nn.Conv1d, ("conv1d",), ("Conv",), (3, 3))
+    KIND: ClassVar[LayerKind] = LAYER_KINDS["Conv1d"]

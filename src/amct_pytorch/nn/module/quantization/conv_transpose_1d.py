@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 from torch.nn import functional
 
-from amct_pytorch.graph.layers import LayerKind
+from amct_pytorch.graph.layers import LAYER_KINDS, LayerKind
 from amct_pytorch.nn.module.quantization.qat_conv_transpose import QatConvTranspose
 
 
@@ -44,14 +44,6 @@ class ConvTranspose1dQAT(QatConvTranspose, nn.ConvTranspose1d):
         ConfigError: the config has unknown keys or values that are not allowed.
     """
 
-    KIND: ClassVar[LayerKind] = LayerKind(
-        "ConvTranspose1d",
-        nn.ConvTranspose1d,
-        ("conv_transpose1d",),
-        ("ConvTranspose",),
-        (3, 3),
-        out_axis=1,
-        transposed=True,
-    )
+    KIND: ClassVar[LayerKind] = LAYER_KINDS["ConvTranspose1d"]
     FUNCTION: ClassVar[Callable[..., Tensor]] = functional.conv_transpose1d
     DIMENSIONS: ClassVar[int] = 1
