@@ -56,16 +56,15 @@ def build_pieces(
             dtype=conv.weight.dtype,
         )
         if weights is not None:
-            piece.to_empty(device=conv.weight.device)
+            # Not by `to_empty`: on a meta tensor it takes torch's symbolic shapes, and with them
+            # half a second of imports.
+            values = torch.empty(shape, dtype=conv.weight.dtype, device=conv.weight.device)
+            piece.weight = nn.Parameter(values.copy_(weights[place]))
+            if piece.bias is not None and conv.bias is not None:
+                piece.bias = nn.Parameter(conv.bias.detach().clone())
         piece.weight.requires_grad_(conv.weight.requires_grad)
-        if weights is not None:
-            with torch.no_grad():
-                piece.weight.copy_(weights[place])
         if piece.bias is not None and conv.bias is not None:
             piece.bias.requires_grad_(conv.bias.requires_grad)
-            if weights is not None:
-                with torch.no_grad():
-                    piece.bias.copy_(conv.bias)
         pieces.append(piece)
     row = nn.Sequential(*pieces).train(conv.training)
     for key in _HOOKS:

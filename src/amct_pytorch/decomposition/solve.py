@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ SPATIAL_MODES = ("FCFK", "FCSK")
 TUCKER_MODE = "TUCKER2"
 # Smaller sides below this are factorised completely: that costs little there.
 LARGE_SIDE = 1024
+# Components beyond a guessed estimate that are looked for.
+ROOM = 1.1
 # A measured error above the one that the energies promise by more than this is a failure.
 ERROR_SLACK = 1e-4
 
@@ -36,8 +38,8 @@ class Solution:
         estimate: what the policy wanted before bounds and rounding.
         at_least: whether the estimate is a lower bound, at or above the policy's own bound.
         error: relative Frobenius error of the weight, measured on the factors.
-        other_error: error that the other order would have at its rank, or a little more; in
-            the metric of the inputs, if one is given.
+        other_error: error that the other order would have at equal cost, for large layers
+            guessed to about a percent; in the metric of the inputs, if one is given.
         method: how the factors were found.
     """
 
@@ -58,27 +60,26 @@ class _Order:
 
     Attributes:
         axis: kernel axis of the first piece.
+        matrix: the weight's.
         found: factorisation of the weight, or of the weight in the metric of its inputs.
         choice: the rank, by the weight alone.
         root: of the metric; None without one.
     """
 
     axis: int
+    matrix: Tensor
     found: Factorisation
     choice: RankChoice
     root: Tensor | None = None
 
-    def matrix(self, weight: Tensor) -> Tensor:
-        """What `found` is the factorisation of."""
-        plain = as_matrix(weight, self.axis)
-        return plain if self.root is None else self.root.T @ plain.to(self.root)
-
-    def factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def factors(self) -> tuple[Tensor, Tensor]:
         """The two factors of the weight's matrix."""
-        left, right = self.found.factors(self.matrix(weight), self.choice.rank)
-        if self.root is not None:
-            left = torch.linalg.solve_triangular(self.root.T, left, upper=True)
-        return left.to(weight), right.to(weight)
+        if self.root is None:
+            return self.found.factors(self.matrix, self.choice.rank)
+        shaped = self.root.T @ self.matrix.to(self.root)
+        left, right = self.found.factors(shaped, self.choice.rank)
+        left = torch.linalg.solve_triangular(self.root.T, left, upper=True)
+        return left.to(self.matrix), right.to(self.matrix)
 
 
 def solve_layer(
@@ -107,9 +108,10 @@ def solve_layer(
     weight = weight.detach()
     if weight.dtype not in (torch.float32, torch.float64):
         weight = weight.float()
-    if not bool(torch.isfinite(weight).all()):
+    ends = torch.stack(weight.aminmax())
+    if not bool(torch.isfinite(ends).all()):
         return "its weight holds NaN or infinity"
-    if not bool(weight.any()):
+    if not bool(ends.any()):
         return "its weight is all zero"
     found = None if metric is not None else _leading(weight, geometry, policy)
     if found is None:
@@ -120,7 +122,7 @@ def solve_layer(
         chosen = _better(orders, geometry)
         others = [o.found.error(o.choice.rank) for o in orders if o is not chosen]
         found = chosen, others[0] if others else None
-    solution = _spatial(weight, geometry, *found)
+    solution = _spatial(geometry, *found)
     if tucker:
         other = cheapest_tucker(weight, geometry, solution.error)
         if other and geometry.macs(other.split) < geometry.macs(solution.split):
@@ -162,13 +164,13 @@ def _examine(
         if choice.certain or "float64" in found.method:
             break
     if metric is None or choice.rank == 0:
-        return _Order(axis, found, choice)
+        return _Order(axis, matrix, found, choice)
     root = metric.root(axis)
     shaped = root.T @ matrix.to(root)
     leading = None
     if min(shaped.shape) >= LARGE_SIDE:
         leading = Sketch(shaped).components(choice.rank)
-    return _Order(axis, leading or factorise(shaped), choice, root)
+    return _Order(axis, matrix, leading or factorise(shaped), choice, root)
 
 
 def _asked(
@@ -187,8 +189,9 @@ def _leading(
 ) -> tuple[_Order, float | None] | None:
     """The better order and the other's error from leading components alone.
 
-    Both orders are sketched; the one that holds more at equal cost is then factorised to full
-    accuracy, as far as the policy can ask for.
+    The spectrum of both orders is guessed; the one that has less error at equal cost is then
+    factorised to full accuracy, first as far as the guess says that it takes, then as far as the
+    policy can ask for.
 
     Returns:
         None where the policy needs all components, or the layer is too small for this to pay,
@@ -196,31 +199,34 @@ def _leading(
     """
     if weight.dtype != torch.float32:
         return None
-    sketches, counts, errors = [], [], []
+    sketches, guesses = [], []
     for axis in (0, 1):
         matrix = as_matrix(weight, axis)
-        count = policy.components(*_asked(matrix, geometry, axis))
-        if count is None or min(matrix.shape) < LARGE_SIDE:
+        asked = _asked(matrix, geometry, axis)
+        if policy.components(*asked) is None or min(matrix.shape) < LARGE_SIDE:
             return None
-        counts.append(count)
         sketches.append(Sketch(matrix))
-    ones = [geometry.macs(geometry.spatial(axis, 1)) for axis in (0, 1)]
-    budget = min(one * count for one, count in zip(ones, counts, strict=True))
-    for axis in (0, 1):
-        error = sketches[axis].error(max(budget // ones[axis], 1))
-        if error is None:
+        guess = sketches[-1].guess()
+        if guess is None:
             return None
-        errors.append(error)
-    axis = min((0, 1), key=lambda place: (errors[place], ones[place]))
-    found = sketches[axis].components(counts[axis])
-    if found is None:
-        return None
-    matrix = as_matrix(weight, axis)
-    choice = policy.choose(found, *_asked(matrix, geometry, axis))
-    if not choice.certain or not choice.rank:
-        return None
-    spent = choice.rank * ones[axis] // ones[1 - axis]
-    return _Order(axis, found, choice), sketches[1 - axis].error(max(spent, 1))
+        guesses.append(_Order(axis, matrix, guess, policy.choose(guess, *asked)))
+    guessed = _better(guesses, geometry)
+    other = guesses[1 - guessed.axis]
+    sketch = sketches[guessed.axis]
+    del sketches
+    asked = _asked(guessed.matrix, geometry, guessed.axis)
+    most = policy.components(*asked) or 0
+    likely = max(guessed.choice.rank, int(ROOM * guessed.choice.estimate)) + 2
+    for count in sorted({min(likely, most), most}):
+        found = sketch.components(count)
+        if found is None:
+            return None
+        choice = policy.choose(found, *asked)
+        if choice.certain and 0 < choice.rank <= count:
+            ones = [geometry.macs(geometry.spatial(o.axis, 1)) for o in (guessed, other)]
+            spent = max(choice.rank * ones[0] // ones[1], 1)
+            return replace(guessed, found=found, choice=choice), other.found.error(spent)
+    return None
 
 
 def _better(orders: list[_Order], geometry: Geometry) -> _Order:
@@ -234,17 +240,15 @@ def _better(orders: list[_Order], geometry: Geometry) -> _Order:
     return orders[min(range(len(orders)), key=error)]
 
 
-def _spatial(
-    weight: Tensor, geometry: Geometry, chosen: _Order, other_error: float | None
-) -> Solution:
-    matrix = as_matrix(weight, chosen.axis)
+def _spatial(geometry: Geometry, chosen: _Order, other_error: float | None) -> Solution:
+    matrix = chosen.matrix
     rank, found = chosen.choice.rank, chosen.found
-    left, right = chosen.factors(weight)
-    error = float((left @ right - matrix).norm() / matrix.norm())
+    left, right = chosen.factors()
+    error = _error(matrix, left, right)
     if chosen.root is None and not error <= found.error(rank) + ERROR_SLACK:
         found = factorise(matrix.double(), exact=True)
-        left, right = (part.to(weight.dtype) for part in found.factors(matrix.double(), rank))
-        error = float((left @ right - matrix).norm() / matrix.norm())
+        left, right = (part.to(matrix) for part in found.factors(matrix.double(), rank))
+        error = _error(matrix, left, right)
     return Solution(
         SPATIAL_MODES[chosen.axis],
         geometry.spatial(chosen.axis, rank),
@@ -256,6 +260,11 @@ def _spatial(
         other_error,
         found.method,
     )
+
+
+def _error(matrix: Tensor, left: Tensor, right: Tensor) -> float:
+    """Relative Frobenius error of left @ right."""
+    return float(torch.addmm(matrix, left, right, beta=-1).norm() / matrix.norm())
 
 
 def _worth_it(solution: Solution, geometry: Geometry, minimum_saving: float) -> str | None:
