@@ -303,7 +303,9 @@ def balance_factors(
 def nothing_to_quantize(graph: ModelGraph) -> str:
     """Why no layer of a model can be quantized, or what to do that one is."""
     if not graph.layers:
-        return f"the model has no layer that can be quantized; such are {', '.join(CALIBRATED_KINDS)}"
+        return (
+            f"the model has no layer that can be quantized; such are {', '.join(CALIBRATED_KINDS)}"
+        )
     if any(layer.quantizable for layer in graph.layers):
         return "set quant_enable of at least one layer to true"
     reasons = "; ".join(f"{layer.name or 'the model'}: {layer.reason}" for layer in graph.layers)
