@@ -27,6 +27,7 @@ import torch
 from machine import describe
 from ort_sessions import cpu_session, interleaved_latency
 from resnet50 import images, resnet50
+from table import replace
 from torch import Tensor, nn
 
 import amct_pytorch as amct
@@ -38,7 +39,6 @@ from amct_pytorch.graph.trace import trace_forward
 
 RESULTS = Path(__file__).parent / "results" / "pruning.json"
 README = Path(__file__).parent / "README.md"
-BEGIN, END = "<!-- pruning: begin -->", "<!-- pruning: end -->"
 CFG = """prune_config { filter_pruner { balanced_l2_norm_filter_prune {
     prune_ratio: 0.5 ascend_optimized: true } } }"""
 
@@ -156,10 +156,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     found = measure(parser.parse_args().rounds)
     RESULTS.write_text(json.dumps(found, indent=1) + "\n")
-    text = README.read_text()
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    README.write_text(f"{before}{BEGIN}\n{table(found)}\n{END}{after}")
+    replace(README, "pruning", table(found))
     print(table(found))
 
 

@@ -43,10 +43,12 @@ class Ladder:
     Attributes:
         sensitivity: of each channel of the group.
         steps: channels that each step takes in addition.
+        costs: what each step costs.
     """
 
     sensitivity: np.ndarray
     steps: tuple[np.ndarray, ...]
+    costs: tuple[float, ...]
 
     @classmethod
     def of(
@@ -87,11 +89,25 @@ class Ladder:
                 ]
                 steps.append(np.concatenate(taken))
                 counts = wanted
-        return cls(sensitivity, tuple(steps))
+        return cls(sensitivity, tuple(steps), _costs(sensitivity, steps))
 
-    def cost(self, step: int) -> float:
-        """Sensitivity of what one step takes."""
-        return float(self.sensitivity[self.steps[step]].sum())
+
+def _costs(sensitivity: np.ndarray, steps: list[np.ndarray]) -> tuple[float, ...]:
+    """What each step costs: the sensitivity it takes, and more the less is left.
+
+    Sensitivities are of first order: of one channel that goes while the others stay. Added up,
+    they say that the last channels of a layer are worth no more than the first, and a search
+    cuts one layer to a thread and leaves the next one whole. So a step is held against what is
+    left when it is taken: of S in all it costs S · ln(left before / left after), which is its own
+    sensitivity while little has gone, and grows without end.
+    """
+    taken = np.array([sensitivity[step].sum() for step in steps])
+    if (sensitivity < 0).any():  # of a user's class; nothing can be said of what is left
+        return tuple(taken.tolist())
+    whole = sensitivity.sum()
+    left = np.maximum(whole - np.cumsum([0.0, *taken]), np.finfo(float).tiny)
+    costs = np.where(taken > 0, whole * np.log(left[:-1] / left[1:]), 0.0)
+    return tuple(costs.tolist())
 
 
 def _ratios(shares: list[Share]) -> list[float]:
