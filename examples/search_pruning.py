@@ -58,7 +58,7 @@ def macs(model: nn.Module, batch: Tensor) -> int:
 
 def run(
     ratio: float = 0.3,
-    samples: int = 256,
+    samples: int = 64,
     largest: float = 1.0,
     count: int = 60000,
     rate: float = 0.05,
@@ -114,7 +114,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ratio", type=float, default=0.3, help="share of channels, uniform")
     parser.add_argument("--largest", type=float, default=1.0, help="share of a layer's channels")
-    parser.add_argument("--samples", type=int, default=256, help="to measure sensitivity on")
+    parser.add_argument("--samples", type=int, default=64, help="to measure sensitivity on")
     parser.add_argument("--images", type=int, default=60000, help="to train on for one epoch")
     parser.add_argument("--rate", type=float, default=0.05, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the images")

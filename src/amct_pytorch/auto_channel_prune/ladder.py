@@ -93,21 +93,23 @@ class Ladder:
 
 
 def _costs(sensitivity: np.ndarray, steps: list[np.ndarray]) -> tuple[float, ...]:
-    """What each step costs: the sensitivity it takes, and more the less is left.
+    """What each step costs: the sensitivity it takes, and more the fewer channels are left.
 
     Sensitivities are of first order: of one channel that goes while the others stay. Added up,
     they say that the last channels of a layer are worth no more than the first, and a search
-    cuts one layer to a thread and leaves the next one whole. So a step is held against what is
-    left when it is taken: of S in all it costs S · ln(left before / left after), which is its own
-    sensitivity while little has gone, and grows without end.
+    cuts one layer to a thread and leaves the next one whole. So of n channels the one that goes
+    when x are left counts (n / x)² times; between k before a step and l after it that is
+    n² / (k l) on average. The square is found by trial (`benchmarks/README.md`).
     """
-    taken = np.array([sensitivity[step].sum() for step in steps])
-    if (sensitivity < 0).any():  # of a user's class; nothing can be said of what is left
-        return tuple(taken.tolist())
-    whole = sensitivity.sum()
-    left = np.maximum(whole - np.cumsum([0.0, *taken]), np.finfo(float).tiny)
-    costs = np.where(taken > 0, whole * np.log(left[:-1] / left[1:]), 0.0)
-    return tuple(costs.tolist())
+    number = len(sensitivity)
+    costs, left = [], number
+    for step in steps:
+        after = left - len(step)
+        # One channel stays of each layer; a step that takes them all costs as if it did here.
+        factor = number**2 / (left * max(after, 1))
+        costs.append(float(sensitivity[step].sum()) * factor)
+        left = after
+    return tuple(costs)
 
 
 def _ratios(shares: list[Share]) -> list[float]:
