@@ -43,37 +43,38 @@ WHAT: dict[str, Callable[[int], dict[str, Any]]] = {
 }
 
 
-def rows(found: dict[str, Any]) -> list[tuple[str, float, float, float | None, str]]:
-    """Title, float and trained accuracy, accuracy before training, and what else there is."""
-    lines: list[tuple[str, float, float, float | None, str]] = []
+def rows(found: dict[str, Any]) -> list[tuple[str, dict[str, Any], float, float | None, str]]:
+    """Title, figures, accuracy after training and before it, and what else there is."""
+    lines: list[tuple[str, dict[str, Any], float, float | None, str]] = []
     if (one := found.get("two_of_four")) is not None:
-        lines.append(("2:4", one["float"], one["trained"], one["untrained"], ""))
+        lines.append(("2:4", one, one["trained"], one["untrained"], ""))
     if (one := found.get("search")) is not None:
         for key, title in (("uniform", "one ratio for all layers"), ("searched", "searched")):
             mine = one[key]
             beside = f"{mine['macs_ratio']:.3f} × fewer MACs"
             if key == "searched":
-                beside += f"; search {one['search_cpu_s']:.0f} CPU s"
-            title = f"channels, {title}"
-            lines.append((title, one["float"], mine["trained"], mine["untrained"], beside))
-    for key, title in (("combined", "half the FLOPs"), ("combined_two_of_four", "2:4")):
+                beside += f"; search {one['search_cpu_s']:.1f} CPU s"
+            lines.append((f"channels, {title}", one, mine["trained"], mine["untrained"], beside))
+    for key, title in (("combined", "half the MACs"), ("combined_two_of_four", "2:4")):
         if (one := found.get(key)) is not None:
             before, after = one["bytes"]
             beside = f"file × {after / before:.3f}"
-            lines.append((f"{title} and int8", one["float"], one["compressed"], None, beside))
+            lines.append((f"{title} and int8", one, one["compressed"], None, beside))
     return lines
 
 
 def table(found: dict[str, Any]) -> str:
     """The figures as text for the README."""
     lines = [
-        "| | float % | before training % | after one epoch % | points | |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| | images | float % | before training % | trained % | points | |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for title, before, after, untrained, beside in rows(found):
+    for title, figures, after, untrained, beside in rows(found):
+        before = figures["float"]
         cell = "" if untrained is None else f"{untrained:.2f}"
         lines.append(
-            f"| {title} | {before:.2f} | {cell} | {after:.2f} | {after - before:+.2f} | {beside} |"
+            f"| {title} | {figures['images']:,} | {before:.2f} | {cell} | {after:.2f} "
+            f"| {after - before:+.2f} | {beside} |"
         )
     return f"CPU: {found['machine']['cpu']}; one thread.\n\n" + "\n".join(lines)
 
@@ -85,8 +86,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=60000, help="to train on for one epoch")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    document = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     found = WHAT[options.what](options.images)
+    document = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     found["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     document |= {"machine": describe(), options.what: found}
     RESULTS.write_text(json.dumps(document, indent=1) + "\n")
