@@ -88,7 +88,7 @@ def main() -> None:
     for name, share in found["zeros"].items():
         print(f"{name:>24}: {100 * share:.1f} % zeros")
     print(
-        f"accuracy: float {found['float']:.2f} %, 2:4 {found['untrained']:.2f} %, after one epoch "
+        f"accuracy: float {found['float']:.2f} %, 2:4 {found['untrained']:.2f} %, trained "
         f"{found['trained']:.2f} % ({found['trained'] - found['float']:+.2f} points)"
     )
     print(f"CPU: made sparse in {found['create_cpu_s']:.1f} s, epoch {found['epoch_cpu_s']:.0f} s")

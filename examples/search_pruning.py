@@ -131,7 +131,7 @@ def main() -> None:
         figures = found[name]
         print(
             f"{name}: {figures['macs_ratio']:.3f} times fewer MACs, {figures['untrained']:.2f} %, "
-            f"after one epoch {figures['trained']:.2f} %"
+            f"trained {figures['trained']:.2f} %"
         )
 
 
