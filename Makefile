@@ -24,6 +24,7 @@ PY_DIRS := $(wildcard src tests examples benchmarks docs)
 .PHONY: help env test fuzz lint format types docs proto demo accuracy bench bench-peers bench-table \
   bench-costs bench-decomposition bench-finetune bench-flow bench-gptq bench-super-resolution bench-decode \
   bench-low-bit-peers bench-pruning bench-best bench-distillation bench-qat bench-qat-flow bench-search \
+  bench-sparsity \
   command-line real-models kv-cache language-model clean distclean
 .DELETE_ON_ERROR:
 
@@ -43,6 +44,7 @@ help:
 	@echo "make bench-costs  the table of docs/costs.md from the results that are kept"
 	@echo "make bench-flow   time and memory of the flow on a network of ResNet-50's shape"
 	@echo "make bench-pruning    ResNet-50's shape with half its channels, beside Torch-Pruning"
+	@echo "make bench-sparsity   2:4, the search for channels, sparsity with int8: accuracy after one epoch"
 	@echo "make bench-super-resolution    waifu2x beside ONNX Runtime's own quantizer"
 	@echo "make bench-best   ADA on EfficientNet-Lite0 and DMQ on MiniLM, beside the default settings"
 	@echo "make bench-distillation    EfficientNet-Lite0 distilled block by block"
@@ -218,6 +220,11 @@ bench-decomposition: env
 bench-pruning: env
 	$(PIP) install --quiet --no-deps torch-pruning==1.6.1
 	$(BIN)/python benchmarks/pruning.py
+
+# Fashion-MNIST: see bench-finetune.
+bench-sparsity: env
+	for what in two_of_four search combined combined_two_of_four; do \
+	  $(BIN)/python benchmarks/sparsity.py $$what || exit 1; done
 
 # Fashion-MNIST: the Debian package dataset-fashion-mnist, or FASHION_MNIST_DIR.
 bench-finetune: env

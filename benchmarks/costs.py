@@ -178,6 +178,51 @@ def _decomposition(document: dict[str, Any]) -> Iterator[Row]:
         )
 
 
+def _pruning(document: dict[str, Any]) -> Iterator[Row]:
+    network, forward = "a network of ResNet-50's shape", document["cpu_s"]["forward"]
+    beside = document["times_peer"]
+    text = "" if beside is None else f", {beside:.2f} × Torch-Pruning's time"
+    yield (
+        "channel pruning, half the channels",
+        network,
+        f"{document['cpu_s']['ours']:.1f} s",
+        f"{document['cpu_s']['ours'] / forward:.1f} × a float pass of one image{text}",
+        "–",
+    )
+    for ratio, found in document["search"].items():
+        yield (
+            f"search for channels, `compress_ratio` {ratio}",
+            network,
+            f"{found['cpu_s']:.1f} s",
+            f"{found['cpu_s'] / forward:.0f} × a float pass of one image",
+            "–",
+        )
+
+
+def _sparsity(document: dict[str, Any]) -> Iterator[Row]:
+    network = "small ResNet, 28 x 28"
+    if "search" in document:
+        found = document["search"]
+        epoch = found["searched"]["epoch_cpu_s"]
+        yield (
+            "search for channels, 64 samples",
+            network,
+            f"{found['search_cpu_s']:.1f} s",
+            f"{found['search_cpu_s'] / epoch:.3f} × an epoch of training",
+            f"{found['peak_mb']:.0f} MB with all images and the training",
+        )
+    if "combined" in document:
+        found = document["combined"]
+        seconds = found["epoch_cpu_s"]
+        yield (
+            "channel pruning and int8 in one training",
+            f"{network}, {found['images']:,} images",
+            f"{found['create_cpu_s']:.1f} s, training {seconds:.0f}",
+            "–",
+            f"{found['peak_mb']:.0f} MB with all images",
+        )
+
+
 SOURCES = (
     Source("efficientnet_lite0.json", "bench", _efficientnet),
     Source("resnet50_flow.json", "bench-flow", _resnet),
@@ -190,6 +235,8 @@ SOURCES = (
     Source("gptq.json", "bench-gptq", _gptq),
     Source("low_bit_decode.json", "bench-decode", _decode),
     Source("decomposition.json", "bench-decomposition", _decomposition),
+    Source("pruning.json", "bench-pruning", _pruning),
+    Source("sparsity.json", "bench-sparsity", _sparsity),
 )
 
 

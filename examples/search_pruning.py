@@ -13,6 +13,7 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import fashion_mnist
 import torch
@@ -55,52 +56,83 @@ def macs(model: nn.Module, batch: Tensor) -> int:
     return total
 
 
-def main() -> None:
-    """Prunes uniformly, searches for the same FLOPs, trains both and compares."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ratio", type=float, default=0.29, help="share of channels, uniform")
-    parser.add_argument("--largest", type=float, default=0.7, help="share of a layer's channels")
-    parser.add_argument("--samples", type=int, default=64, help="to measure sensitivity on")
-    parser.add_argument("--images", type=int, default=60000, help="to train on for one epoch")
-    parser.add_argument("--rate", type=float, default=0.05, help="highest learning rate")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
+def run(
+    ratio: float = 0.3,
+    samples: int = 64,
+    largest: float = 1.0,
+    count: int = 60000,
+    rate: float = 0.05,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Prunes uniformly, searches for the same FLOPs, trains both alike and measures.
+
+    Args:
+        ratio: share of the channels of every layer that goes, uniformly.
+        samples: to measure sensitivity on.
+        largest: share of a layer's channels that the search may take.
+        count: of images to train on, for one epoch.
+        rate: highest learning rate.
+        seed: of the order of the images.
+    """
     OUTPUTS.mkdir(parents=True, exist_ok=True)
     model = fashion_mnist.trained()
     test = fashion_mnist.load("t10k")
-    images, labels = (part[: args.images] for part in fashion_mnist.load("train"))
+    images, labels = (part[:count] for part in fashion_mnist.load("train"))
     batch = test[0][:1]
+    found: dict[str, Any] = {"images": len(images), "float": fashion_mnist.accuracy(model, *test)}
 
     uniform = OUTPUTS / "uniform.cfg"
-    uniform.write_text(UNIFORM.format(ratio=args.ratio))
+    uniform.write_text(UNIFORM.format(ratio=ratio))
     pruned = {"uniform": amct.create_prune_retrain_model(model, batch, uniform, OUTPUTS / "u.txt")}
     whole = macs(model, batch)
-    ratio = whole / macs(pruned["uniform"].eval(), batch)
+    fewer = whole / macs(pruned["uniform"].eval(), batch)
 
-    config, found = OUTPUTS / "search.cfg", OUTPUTS / "found.cfg"
-    config.write_text(
-        SEARCH.format(ratio=round(ratio, 4), samples=args.samples, largest=args.largest)
-    )
-    one_hot = nn.functional.one_hot(labels[: args.samples], 10).float()
-    began = time.perf_counter()
-    data = [images[: args.samples], one_hot]
-    amct.auto_channel_prune_search(model, config, data, found)
-    seconds = time.perf_counter() - began
-    pruned["searched"] = amct.create_prune_retrain_model(model, batch, found, OUTPUTS / "s.txt")
+    config, cfg = OUTPUTS / "search.cfg", OUTPUTS / "found.cfg"
+    config.write_text(SEARCH.format(ratio=round(fewer, 4), samples=samples, largest=largest))
+    one_hot = nn.functional.one_hot(labels[:samples], 10).float()
+    began = time.process_time()
+    amct.auto_channel_prune_search(model, config, [images[:samples], one_hot], cfg)
+    found["search_cpu_s"] = time.process_time() - began
+    pruned["searched"] = amct.create_prune_retrain_model(model, batch, cfg, OUTPUTS / "s.txt")
     ledger = json.loads((OUTPUTS / "found_ledger.json").read_text())
-    for layer in ledger["layers"]:
-        before, after = layer["channels"]
-        print(f"{layer['name']:>14}: {before:4} -> {after:4} channels  {layer['reason'] or ''}")
-    asked, reached = ledger["compress_ratio"]
-    print(f"searched in {seconds:.1f} s; ratio {asked:.3f} asked for, {reached:.3f} reached")
+    found["compress_ratio"] = ledger["compress_ratio"]
+    found["layers"] = {layer["name"]: layer["channels"] for layer in ledger["layers"]}
 
-    print(f"float: {fashion_mnist.accuracy(model, *test):.2f} %")
     for name, network in pruned.items():
-        fewer = whole / macs(network.eval(), batch)
-        before = fashion_mnist.accuracy(network, *test)
-        fashion_mnist.train(network, images, labels, args.rate)
-        after = fashion_mnist.accuracy(network, *test)
-        print(f"{name}: {fewer:.3f} times fewer MACs, {before:.2f} %, trained {after:.2f} %")
+        figures = {"macs_ratio": whole / macs(network.eval(), batch)}
+        figures["untrained"] = fashion_mnist.accuracy(network, *test)
+        began = time.process_time()
+        fashion_mnist.train(network, images, labels, rate, seed=seed)
+        figures["epoch_cpu_s"] = time.process_time() - began
+        figures["trained"] = fashion_mnist.accuracy(network, *test)
+        found[name] = figures
+    return found
+
+
+def main() -> None:
+    """Prints the figures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ratio", type=float, default=0.3, help="share of channels, uniform")
+    parser.add_argument("--largest", type=float, default=1.0, help="share of a layer's channels")
+    parser.add_argument("--samples", type=int, default=64, help="to measure sensitivity on")
+    parser.add_argument("--images", type=int, default=60000, help="to train on for one epoch")
+    parser.add_argument("--rate", type=float, default=0.05, help="highest learning rate")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of the images")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    found = run(args.ratio, args.samples, args.largest, args.images, args.rate, args.seed)
+    for name, (before, after) in found["layers"].items():
+        print(f"{name:>14}: {before:4} -> {after:4} channels")
+    asked, reached = found["compress_ratio"]
+    seconds = found["search_cpu_s"]
+    print(f"searched in {seconds:.1f} CPU s; ratio {asked:.3f} asked for, {reached:.3f} reached")
+    print(f"float: {found['float']:.2f} %")
+    for name in ("uniform", "searched"):
+        figures = found[name]
+        print(
+            f"{name}: {figures['macs_ratio']:.3f} times fewer MACs, {figures['untrained']:.2f} %, "
+            f"trained {figures['trained']:.2f} %"
+        )
 
 
 if __name__ == "__main__":

@@ -30,10 +30,10 @@ FEW = 12
 class GreedySearch(SearchChannelBase):
     """Prunes what has the least sensitivity by the bit complexity it saves, over all layers.
 
-    The value density of a knapsack (Dantzig 1957), with what a step saves worked out anew as
-    the network shrinks. Then every step that turns out not to be needed is taken back, and where
-    that still is far beyond the target, one step is exchanged for others, and states a few steps
-    away are tried.
+    The value density of a knapsack (Dantzig 1957), with what a step saves and what it costs
+    (see `ladder`) worked out anew as the network shrinks. Then every step that turns out not to
+    be needed is taken back, and where that still is far beyond the target, one step is exchanged
+    for others, and states a few steps away are tried.
     """
 
     def channel_prune_search(
@@ -187,11 +187,11 @@ class _State:
         return (False, cost, beyond) if beyond <= NEAR else (True, beyond, cost)
 
     def _cost(self, index: int, low: int, high: int) -> float:
-        """Sensitivity given up between two states of a record; negative where it is got back."""
+        """Costs between two states of a record; negative where they are got back."""
         ladder = self._ladders[index]
         if low > high:
             return -self._cost(index, high, low)
-        return sum(ladder.cost(step) for step in range(low, high))
+        return sum(ladder.costs[low:high])
 
     def _restore(self, state: list[int]) -> None:
         self._move([(i, to - at) for i, (at, to) in enumerate(zip(self._at, state, strict=True))])
@@ -213,7 +213,7 @@ class _State:
         """Takes back, the costliest first, each step that the target does not need."""
         while True:
             needless = [
-                (self._ladders[i].cost(at - 1), i)
+                (self._ladders[i].costs[at - 1], i)
                 for i, at in enumerate(self._at)
                 if at and self._now_without(i) <= self._target
             ]
@@ -227,7 +227,7 @@ class _State:
     def _density(self, index: int) -> float:
         ladder, at = self._ladders[index], self._at[index]
         saving = self._complexity.saving(index, ladder.steps[at])
-        return ladder.cost(at) / saving if saving > 0 else float("inf")
+        return ladder.costs[at] / saving if saving > 0 else float("inf")
 
     def _now_without(self, index: int) -> float:
         self._return(index)

@@ -43,10 +43,12 @@ class Ladder:
     Attributes:
         sensitivity: of each channel of the group.
         steps: channels that each step takes in addition.
+        costs: what each step costs.
     """
 
     sensitivity: np.ndarray
     steps: tuple[np.ndarray, ...]
+    costs: tuple[float, ...]
 
     @classmethod
     def of(
@@ -87,11 +89,27 @@ class Ladder:
                 ]
                 steps.append(np.concatenate(taken))
                 counts = wanted
-        return cls(sensitivity, tuple(steps))
+        return cls(sensitivity, tuple(steps), _costs(sensitivity, steps))
 
-    def cost(self, step: int) -> float:
-        """Sensitivity of what one step takes."""
-        return float(self.sensitivity[self.steps[step]].sum())
+
+def _costs(sensitivity: np.ndarray, steps: list[np.ndarray]) -> tuple[float, ...]:
+    """What each step costs: the sensitivity it takes, and more the fewer channels are left.
+
+    Sensitivities are of first order: of one channel that goes while the others stay. Added up,
+    they say that the last channels of a layer are worth no more than the first, and a search
+    cuts one layer to a thread and leaves the next one whole. So of n channels the one that goes
+    when x are left counts (n / x)² times; between k before a step and l after it that is
+    n² / (k l) on average. The square is found by trial (`benchmarks/README.md`).
+    """
+    number = len(sensitivity)
+    costs, left = [], number
+    for step in steps:
+        after = left - len(step)
+        # One channel stays of each layer; a step that takes them all costs as if it did here.
+        factor = number**2 / (left * max(after, 1))
+        costs.append(float(sensitivity[step].sum()) * factor)
+        left = after
+    return tuple(costs)
 
 
 def _ratios(shares: list[Share]) -> list[float]:

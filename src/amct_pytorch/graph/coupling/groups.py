@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -24,7 +25,7 @@ class Member:
     slot: Slot
     positions: np.ndarray
 
-    @property
+    @cached_property
     def channels(self) -> np.ndarray:
         """The group's channels that it has a part of, in rising order."""
         return np.unique(self.positions[self.positions >= 0])

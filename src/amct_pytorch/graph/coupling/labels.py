@@ -116,21 +116,23 @@ def along(vector: np.ndarray, axis: int, shape: Iterable[int]) -> Tensor:
 
 def compact(labels: Tensor, sets: ChannelSets) -> Tensor:
     """Roots of labels, with stride 0 along each axis on which they do not change."""
-    small = _narrowed(labels)
-    small = torch.from_numpy(sets.roots(small.numpy()))
-    for axis in range(small.dim()):
-        first = small.narrow(axis, 0, 1) if small.shape[axis] else small
-        if small.shape[axis] > 1 and bool((small == first).all()):
-            small = first
-    return small.expand(labels.shape)
+    small = sets.roots(_narrowed(labels))
+    for axis, size in enumerate(small.shape):
+        if size > 1:
+            first = small[(slice(None),) * axis + (slice(1),)]
+            if (small == first).all():
+                small = first
+    return torch.from_numpy(small).expand(labels.shape)
 
 
-def _narrowed(labels: Tensor) -> Tensor:
+def _narrowed(labels: Tensor) -> np.ndarray:
     """One entry along each axis of stride 0."""
-    for axis in range(labels.dim()):
-        if labels.stride(axis) == 0 and labels.shape[axis] > 1:
-            labels = labels.narrow(axis, 0, 1)
-    return labels
+    # Many small steps of numpy cost less than as many of torch.
+    sizes = zip(labels.stride(), labels.shape, strict=True)
+    found: np.ndarray = labels.numpy()[
+        tuple(slice(1) if stride == 0 and size else slice(None) for stride, size in sizes)
+    ]
+    return found
 
 
 def varying(labels: Tensor) -> list[int]:
@@ -147,7 +149,7 @@ def carried(labels: Tensor) -> bool:
 
 def all_of(labels: Tensor) -> np.ndarray:
     """Every label that is there, some of them more than once."""
-    flat: np.ndarray = _narrowed(labels).numpy().ravel()
+    flat: np.ndarray = _narrowed(labels).ravel()
     return flat
 
 
@@ -163,7 +165,7 @@ def vector(labels: Tensor, axis: int, sets: ChannelSets, reason: str) -> np.ndar
     size = labels.shape[axis]
     moved = compact(labels, sets).movedim(axis, 0)
     rows = _narrowed(moved)
-    table = rows.reshape(rows.shape[0], -1).numpy()
+    table = rows.reshape(rows.shape[0], -1)
     if table.shape[1] > 1:
         sets.tie(table[:, :1], table[:, 1:], reason)
     column: np.ndarray = sets.roots(table[:, 0])
