@@ -202,6 +202,7 @@ bench-qat: env
 # Fashion-MNIST: see bench-finetune.
 bench-qat-flow: env
 	$(BIN)/python benchmarks/qat_flow.py costs
+	$(BIN)/python benchmarks/qat_flow.py steady
 	$(BIN)/python benchmarks/qat_flow.py lite0
 	$(BIN)/python benchmarks/qat_flow.py fashion
 	$(BIN)/python benchmarks/qat_flow.py processes

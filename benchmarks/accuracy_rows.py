@@ -150,7 +150,7 @@ def train_lite0(_: Path) -> Figures:
     import qat_flow
 
     # As `python benchmarks/qat_flow.py lite0`.
-    options = argparse.Namespace(steps=100, views=4, rate=2e-6, others=50)
+    options = argparse.Namespace(steps=100, views=4, rate=1e-5, others=30, clips=100)
     found = qat_flow.run_lite0(options)
     note = f"{found['post-training, dB']:.1f} dB by calibration with bias correction"
     return Figures(None, found["trained, dB"], None, note)

@@ -248,7 +248,7 @@ def test_the_scripts_of_the_operators_guide_run_and_its_keys_exist(tmp_path, mon
 
 def test_the_scripts_of_the_training_guide_run_and_its_keys_exist(tmp_path, monkeypatch):
     text = QAT_GUIDE.read_text()
-    train, restore = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    train, restore, tune = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     names: dict[str, object] = {}
@@ -260,6 +260,20 @@ def test_the_scripts_of_the_training_guide_run_and_its_keys_exist(tmp_path, monk
     exec(compile(restore, str(QAT_GUIDE), "exec"), names)
     after = names["trained"].state_dict()
     assert all(torch.equal(value, after[key]) for key, value in before.items())
+    exec(compile(tune, str(QAT_GUIDE), "exec"), names)
+    images = torch.cat([images for images, _ in names["loader"]])
+    target = names["teacher"](images)
+    untrained = amct.create_quant_retrain_model(
+        "out/retrain.json", names["model"], "out/other.txt", names["example"]
+    )
+    names["train_mode"](untrained)
+    untrained(names["example"])
+
+    def error(network: nn.Module) -> float:
+        with torch.no_grad():
+            return float((network.eval()(images) - target).square().mean())
+
+    assert error(names["student"]) < error(untrained)
 
     cfg = re.search(r"```\n(# retrain\.cfg.*?)```", text, re.DOTALL)
     assert cfg is not None

@@ -16,7 +16,8 @@ from amct_pytorch.graph.replay import Answer, Replay
 from amct_pytorch.graph.tensors import ModelInputs
 from amct_pytorch.graph.trace import OpCall, Trace, trace_forward
 from amct_pytorch.nn.intercept import LayerCall
-from amct_pytorch.nn.retrain import RetrainLayer, TrainedNorm
+from amct_pytorch.nn.retrain import RetrainLayer
+from amct_pytorch.nn.trained_norm import TrainedNorm
 from amct_pytorch.spill import Spill
 
 # What stands between blocks is kept on disk where it takes more bytes.

@@ -91,7 +91,11 @@ class RecordWriter:
             self._written = factors
 
     def _tell_of_float(self, layers: Mapping[str, RetrainLayer]) -> None:
-        waiting = [name for name, layer in layers.items() if not layer.input_quantizer.ready]
+        waiting = [
+            name
+            for name, layer in layers.items()
+            if not (layer.training or layer.input_quantizer.ready)
+        ]
         if waiting and not self._told:
             self._told = True
             quantizer = layers[waiting[0]].input_quantizer

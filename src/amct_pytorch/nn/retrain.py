@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,8 @@ from amct_pytorch.nn.fake_quant.weight import ARQ, WeightFakeQuant
 from amct_pytorch.nn.fuse_norm import fuse_norm
 from amct_pytorch.nn.intercept import LayerCall
 from amct_pytorch.nn.simulate import IntegerOperands, without_autograd
-from amct_pytorch.nn.wrapped import LayerStandIn, Wrapped, replace_modules
+from amct_pytorch.nn.trained_norm import TrainedNorm
+from amct_pytorch.nn.wrapped import LayerStandIn, replace_modules
 from amct_pytorch.observers.histogram import Histogram
 from amct_pytorch.processes import world_size
 from amct_pytorch.record.factors import FORCE_FP16, LayerFactors
@@ -70,40 +71,6 @@ class TrainedQuantization:
     symmetric: bool = False
     packed: bool = True
     fakequant_precision_mode: str = "DEFAULT"
-
-
-class TrainedNorm(Wrapped):
-    """A BatchNorm behind a layer that is trained with its quantization.
-
-    Runs as ever, but for a forward whose layer has computed with the BatchNorm folded in.
-
-    Args:
-        norm: the user's module.
-
-    Attributes:
-        folded: whether the present forward's layer has.
-    """
-
-    def __init__(self, norm: _BatchNorm) -> None:
-        super().__init__(norm, ("batch_norm",))
-        self.folded = False
-
-    @property
-    def norm(self) -> _BatchNorm:
-        """The user's module, or the one that took its place (convert_sync_batchnorm)."""
-        inner = self.layer
-        assert isinstance(inner, _BatchNorm)
-        return inner
-
-    def answer(self, call: LayerCall) -> Tensor:
-        """The data operand as it is."""
-        return call.x
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The user's forward, without its normalisation where that is folded."""
-        if not self.folded:
-            return self.layer(*args, **kwargs)
-        return super().forward(*args, **kwargs)
 
 
 class RetrainLayer(LayerStandIn):
