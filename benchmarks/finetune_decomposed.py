@@ -35,8 +35,8 @@ def totals(ledger_file: Path) -> dict:
     ledger = json.loads(ledger_file.read_text())
     found = ledger["totals"]
     return {
-        "flops_ratio": found["flops_before"] / found["flops_after"],
-        "parameters_ratio": found["parameters_before"] / found["parameters_after"],
+        "flops_fewer": found["flops_before"] / found["flops_after"],
+        "parameters_fewer": found["parameters_before"] / found["parameters_after"],
         "layers": {
             entry["name"]: [
                 entry[key] for key in ("mode", "rank", "rank_estimate", "error", "output_error")
@@ -81,7 +81,8 @@ def run_waifu2x(options: argparse.Namespace) -> dict:
 
     original, pairs = waifu2x(), photo_pairs(slice(0, 8))
     model = copy.deepcopy(original)
-    result: dict = {"steps": options.steps, "psnr float": mean_psnr(original, pairs)}
+    result: dict = {"steps": options.steps, "rate": options.rate, "fitted": True}
+    result["psnr float"] = mean_psnr(original, pairs)
     x = torch.rand(1, 3, 142, 142)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
