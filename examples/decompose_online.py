@@ -29,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path("outputs/decomposition"))
     parser.add_argument("--steps", type=int, default=200, help="of fine-tuning")
-    parser.add_argument("--rate", type=float, default=2e-4, help="largest learning rate")
+    parser.add_argument("--rate", type=float, default=2e-5, help="largest learning rate")
     parser.add_argument(
         "--flops-ratio", type=float, default=0.7, help="FLOPs a split layer may keep"
     )

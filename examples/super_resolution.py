@@ -116,9 +116,13 @@ def mean_psnr(model: nn.Module, pairs: list[Pair]) -> float:
     return float(torch.stack([-10 * error.log10() for error in errors]).mean())
 
 
-def finetune(model: nn.Module, photos: slice, steps: int = 200, rate: float = 1e-4) -> None:
-    """Trains the model in place on crops of the photos, with Adam and a falling rate."""
-    optimizer = torch.optim.Adam(model.parameters(), rate)
+def finetune(model: nn.Module, photos: slice, steps: int = 200, rate: float = 2e-5) -> None:
+    """Trains the model in place on crops of the photos, with Adam and a falling rate.
+
+    The rate is one for a network that is nearly right already: at ten times this, the first steps
+    undo what the factors were fitted to.
+    """
+    optimizer = torch.optim.Adam(model.parameters(), rate, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, rate, total_steps=steps, pct_start=0.1
     )

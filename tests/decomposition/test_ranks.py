@@ -11,7 +11,7 @@ from torch import Tensor
 
 from amct_pytorch.decomposition import lanczos, solve
 from amct_pytorch.decomposition.evbmf import evbmf, evbmf_leading
-from amct_pytorch.decomposition.factorise import factorise
+from amct_pytorch.decomposition.factorise import Sketch, factorise
 from amct_pytorch.decomposition.geometry import Geometry
 from amct_pytorch.decomposition.lanczos import Lanczos, leading_vectors
 from amct_pytorch.decomposition.policy import RankPolicy, rank_bounds
@@ -218,6 +218,30 @@ def test_leading_components_give_what_all_give(seed, policy, monkeypatch):
     if not policy:
         estimate = evbmf_rank(reference)
         assert short.estimate <= estimate if short.at_least else short.estimate == estimate
+
+
+@pytest.mark.parametrize("kind", ["noise", "low", "decay", "half", "power"])
+def test_a_guessed_spectrum_has_the_sums_and_the_rank_of_the_true_one(kind):
+    shape = (600, 900)
+    energies = _known(kind, *shape)
+    generator = torch.Generator().manual_seed(9)
+    rotation = torch.linalg.qr(torch.randn(600, 600, generator=generator)).Q
+    matrix = torch.zeros(shape)
+    matrix[:, :600] = rotation * energies.sqrt().float()
+    guess = Sketch(matrix).guess()
+    assert guess is not None and len(guess.energies) == 600
+    for rank in (100, 150):
+        expected = float(energies[rank:].sum() / energies.sum()) ** 0.5
+        # How many energies lie above a value is known to sqrt(2 rank / 32), 2 to 3 in a hundred,
+        # and at most twice that is taken here; at the end of the signal each counts for a lot.
+        assert guess.error(rank) == pytest.approx(expected, rel=0.06)
+    # Up to a quarter, the most that is ever solved for by leading components.
+    expected = min(evbmf(energies, *shape).rank, 150)
+    assert min(evbmf(guess.energies, *shape).rank, 150) == pytest.approx(expected, rel=0.1, abs=2)
+
+
+def test_a_matrix_too_small_to_guess_says_so():
+    assert Sketch(torch.eye(150)).guess() is None
 
 
 def _solve(weight: Tensor, **policy: object) -> Solution:

@@ -12,8 +12,11 @@ from evbmf_reference import evbmf_rank, truncation_error
 from torch import nn
 
 import amct_pytorch as amct
+from amct_pytorch.decomposition import lanczos, solve
 from amct_pytorch.decomposition.evbmf import evbmf
 from amct_pytorch.decomposition.factorise import factorise
+from amct_pytorch.decomposition.geometry import Geometry
+from amct_pytorch.decomposition.policy import RankPolicy
 from amct_pytorch.decomposition.solve import as_matrix
 
 
@@ -38,6 +41,22 @@ def test_ranks_and_errors_of_its_layers_are_those_of_the_reference(waifu2x):
             assert evbmf(found.energies, *matrix.shape).rank == evbmf_rank(matrix.numpy())
             expected = truncation_error(matrix.numpy(), 64)
             assert found.error(64) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("index", [8, 10])
+def test_its_leading_components_give_the_rank_and_error_of_the_reference(
+    waifu2x, index, monkeypatch
+):
+    """The short way of large layers, on layers that are just large enough for it."""
+    monkeypatch.setattr(solve, "LARGE_SIDE", 250)
+    monkeypatch.setattr(lanczos, "BLOCK", 16)
+    weight = waifu2x[index].weight.detach()
+    geometry = Geometry.of(waifu2x[index])
+    found = solve.solve_layer(weight, geometry, RankPolicy())
+    assert not isinstance(found, str) and found.method == "lanczos float32"
+    matrix = as_matrix(weight, solve.SPATIAL_MODES.index(found.mode)).numpy()
+    assert found.estimate == evbmf_rank(matrix)
+    assert found.error == pytest.approx(truncation_error(matrix, found.rank), abs=2e-5)
 
 
 def test_flops_fall_by_more_than_what_is_asked_for(waifu2x, tmp_path, monkeypatch):

@@ -33,9 +33,9 @@ GRAM_PARTS = 6
 PRECISION = 1e-5
 # Steps of a sketch that guess a spectrum.
 COARSE = 6
-# Vectors in a sketch's basis that find components: by their number, and some steps more; and
-# more by their number with each further try.
-FINE, STEPS, MORE = 1.9, 6, 0.2
+# Vectors in a sketch's basis that find components: by their number, and some steps more; where
+# they are not accurate enough, so many by their number for each decimal digit that is missing.
+FINE, STEPS, DIGIT = 1.9, 6, 0.45
 # A basis of more than this share of the space costs more than LAPACK.
 SHARE = 0.75
 
@@ -138,7 +138,7 @@ class Sketch:
     def guess(self) -> Factorisation | None:
         """What all energies are about, without vectors; None if they are too few to guess.
 
-        The energies are made up; sums of many, and ranks, are right to about a percent.
+        The energies are made up; sums of many, and ranks, are right to a few percent.
         """
         if not self._basis.grow(COARSE * lanczos.BLOCK):
             return None
@@ -167,7 +167,8 @@ class Sketch:
         gram, size = self._gram, FINE * count + STEPS * lanczos.BLOCK
         while size <= SHARE * len(gram.values) and self._basis.grow(int(size)):
             found = self._basis.solve(count)
-            if found.excess(gram.trace) <= PRECISION:
+            missing = found.excess(gram.trace) / PRECISION
+            if missing <= 1:
                 energies = found.values[:count] * gram.scale**2
                 correction = float(found.corrections.max()) * gram.scale**2
                 return Factorisation(
@@ -180,7 +181,7 @@ class Sketch:
                     method=f"lanczos {_name(gram.values.dtype)}",
                     uncertainty=max(_rounding(energies, gram.values.dtype), correction),
                 )
-            size += MORE * count
+            size += max(DIGIT * math.log10(missing) * count, lanczos.BLOCK)
         return None
 
 

@@ -140,7 +140,7 @@ class Lanczos:
 
         The first block is a random subspace; by block Gauss quadrature each Ritz value stands
         for as many eigenvalues as its vector's share of that block. Sums over many eigenvalues
-        are right to about a percent from six steps on.
+        are right to a few percent from six steps on, the better the more there are.
         """
         values, vectors = torch.linalg.eigh(self._inner.double())
         values = values.flip(0).clamp(min=0)

@@ -39,7 +39,7 @@ class Solution:
         at_least: whether the estimate is a lower bound, at or above the policy's own bound.
         error: relative Frobenius error of the weight, measured on the factors.
         other_error: error that the other order would have at equal cost, for large layers
-            guessed to about a percent; in the metric of the inputs, if one is given.
+            guessed to a few percent; in the metric of the inputs, if one is given.
         method: how the factors were found.
     """
 

@@ -27,8 +27,8 @@ class DecompositionEntry:
         rank_estimate_at_least: whether the estimate is a lower bound: it is above the bounds.
         shapes: weight shapes of the pieces.
         error: relative Frobenius error of the weight.
-        other_error: that of the alternative (the other kernel order) at its rank or, where it
-            was only sketched, a little more.
+        other_error: that of the alternative, the other kernel order at equal cost; guessed to a
+            few percent where `method` is ``lanczos``.
         method: how the factors were found.
         output_error: relative error of the pieces' output on calibration_data; None without it.
         output_error_unfitted: the same before the last piece was fitted to the outputs.
