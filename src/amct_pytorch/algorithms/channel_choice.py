@@ -160,7 +160,7 @@ def _blocks_inside(
 
 def _classes(table: np.ndarray) -> list[np.ndarray]:
     """Indices of equal rows, classes in the order of their first row."""
-    if table.shape[1] == 0:
+    if (table == table[:1]).all():
         return [np.arange(len(table))]
     _, which = np.unique(table, axis=0, return_inverse=True)
     which = which.reshape(-1)
