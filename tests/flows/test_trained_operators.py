@@ -324,3 +324,26 @@ def test_an_operator_whose_range_is_not_known_is_not_exported(tmp_path: Path) ->
         torch.onnx.export(model.eval(), (x,), file, dynamo=True, verbose=False)
     assert isinstance(told.value.__cause__, CalibrationError)
     assert not file.exists()
+
+
+@pytest.mark.parametrize("optimize", [True, False])
+def test_operators_without_bias_before_a_batch_norm(tmp_path: Path, optimize: bool) -> None:
+    model = nn.Sequential(
+        Conv2dQAT(2, 4, 3, bias=False),
+        nn.BatchNorm2d(4),
+        ConvTranspose2dQAT(4, 3, 2, 2, bias=False),
+        nn.BatchNorm2d(3),
+        nn.Flatten(),
+        LinearQAT(3 * 144, 5, bias=False),
+    )
+    x = torch.randn(2, 2, 8, 8)
+    model(x)
+    with torch.no_grad():
+        expected = model.eval()(x).numpy()
+    options = {"dynamo": True, "verbose": False, "opset_version": 18, "optimize": optimize}
+    torch.onnx.export(model, (x,), tmp_path / "net.onnx", input_names=["x"], **options)
+    amct.convert_qat_model(tmp_path / "net.onnx", tmp_path / "out")
+    fake = ort.InferenceSession(tmp_path / "out_fake_quant_model.onnx")
+    deployed = amct.DeploySession(tmp_path / "out_deploy_model.onnx")
+    for session in (fake, deployed):
+        np.testing.assert_allclose(session.run(None, {"x": x.numpy()})[0], expected, atol=0.02)

@@ -152,7 +152,7 @@ class _Reader:
         node.input[0] = data.source
         node.input[1] = self._graph.set_array(operand, floats)
         if len(node.input) > 2 and node.input[2]:
-            self._plain_bias(name, node)
+            self._plain_bias(name, node, _layout(node).channels(weight.codes.shape))
         found.factors[name] = self._widened(name, node, factors, notes)
         if notes:
             found.notes[name] = notes
@@ -273,8 +273,16 @@ class _Reader:
         one = bool((first == first[0]).all())
         return (float(first[0]),) if one else tuple(first.tolist())
 
-    def _plain_bias(self, layer: str, node: NodeProto) -> None:
-        """Makes a dequantized bias a constant."""
+    def _plain_bias(self, layer: str, node: NodeProto, channels: int) -> None:
+        """Makes a bias a constant that is dequantized, or one number in every channel.
+
+        torch's exporter gives a convolution without bias one that is computed: zero, expanded
+        to the channels of its weight.
+        """
+        number = self._expanded(node.input[2])
+        if number is not None:
+            bias = np.full(channels, number, np.float32)
+            node.input[2] = self._graph.set_array(self._graph.fresh(f"{layer}.bias"), bias)
         dequantize = self._maker(node.input[2], "DequantizeLinear")
         if dequantize is None:
             return
@@ -284,6 +292,17 @@ class _Reader:
         scale, _ = self._factors(layer, dequantize)
         bias = (codes.astype(np.float64) * scale).astype(np.float32)
         node.input[2] = self._graph.set_array(self._graph.fresh(f"{layer}.bias"), bias)
+
+    def _expanded(self, name: str) -> float | None:
+        """The one constant number that an Expand makes a tensor of, or None."""
+        node = self._maker(name, "Expand")
+        if node is None:
+            return None
+        while node is not None and node.op_type in ("Cast", "CastLike", "Expand", "Identity"):
+            name = node.input[0]
+            node = self._makers.get(name)
+        value = self._finder.constant(name)
+        return None if value is None or value.size != 1 else float(value.item())
 
     def _widened(
         self, layer: str, node: NodeProto, factors: LayerFactors, notes: list[str]
