@@ -229,10 +229,13 @@ def decompose_fashion(_: Path) -> Figures:
     """Split by variational Bayes, an epoch of training."""
     import finetune_decomposed
 
-    # As `python benchmarks/finetune_decomposed.py fashion`.
-    found = finetune_decomposed.run_fashion(argparse.Namespace(images=60000, width=64))
-    note = f"width 64, one epoch before; {found['flops_ratio']:.2f} times fewer FLOPs"
-    return Figures(found["float"], found["split, one epoch"], 1 / found["parameters_ratio"], note)
+    options = finetune_decomposed.settings(["fashion"])
+    found = finetune_decomposed.run_fashion(options)
+    note = (
+        f"width {options.width}, {options.epochs} epochs before; "
+        f"{found['flops_fewer']:.2f} times fewer FLOPs"
+    )
+    return Figures(found["float"], found["split, one epoch"], 1 / found["parameters_fewer"], note)
 
 
 def search_lite0(folder: Path) -> Figures:

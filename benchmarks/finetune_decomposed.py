@@ -106,8 +106,8 @@ def run_waifu2x(options: argparse.Namespace) -> dict:
     return result
 
 
-def main() -> None:
-    """Runs one of the two and adds its result to the file."""
+def settings(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The options of a command line; None: of this process's own."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("waifu2x", "fashion"))
     parser.add_argument("--images", type=int, default=60000, help="of Fashion-MNIST to train on")
@@ -118,7 +118,12 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=2e-5, help="of fine-tuning waifu2x")
     parser.add_argument("--policy", default="flops", help="rank policy for waifu2x")
     parser.add_argument("--flops-ratio", type=float, default=0.7)
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Runs one of the two and adds its result to the file."""
+    options = settings()
     torch.set_num_threads(1)
     result = run_fashion(options) if options.what == "fashion" else run_waifu2x(options)
     print(json.dumps(result, indent=1))

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -69,3 +70,26 @@ def test_what_examples_print_is_read_or_the_row_ends(accuracy):
     ]
     with pytest.raises(SystemExit, match="has the example changed"):
         tools.numbers("float: 91.83", r"float ([\d.]+) %")
+
+
+def test_the_row_of_decomposition_knows_what_its_benchmark_takes_and_gives(
+    accuracy, monkeypatch, tmp_path
+):
+    monkeypatch.syspath_prepend(BENCHMARKS.parent / "examples")
+    fashion = importlib.import_module("fashion_mnist")
+    asked = []
+
+    def trained(*options: int) -> torch.nn.Module:
+        asked.append(options)
+        return fashion.resnet(16).eval()
+
+    images = torch.zeros(2, 1, 28, 28), torch.zeros(2, dtype=torch.int64)
+    monkeypatch.setattr(fashion, "trained", trained)
+    monkeypatch.setattr(fashion, "load", lambda part: images)
+    monkeypatch.setattr(fashion, "train", lambda *settings: None)
+    monkeypatch.setattr(fashion, "accuracy", lambda network, *test: 90.0)
+    (row,) = (row for row in accuracy.ROWS if row.name == "decompose-fashion")
+    found = row.measure(tmp_path)
+    assert asked == [(64, 3, 60000)]
+    assert found.note.startswith("width 64, 3 epochs before; ")
+    assert found.size is not None and found.size < 1

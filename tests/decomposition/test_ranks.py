@@ -15,7 +15,7 @@ from amct_pytorch.decomposition.factorise import Sketch, factorise
 from amct_pytorch.decomposition.geometry import Geometry
 from amct_pytorch.decomposition.lanczos import Lanczos, leading_vectors
 from amct_pytorch.decomposition.policy import RankPolicy, rank_bounds
-from amct_pytorch.decomposition.solve import Solution, as_matrix, solve_layer
+from amct_pytorch.decomposition.solve import SPATIAL_MODES, Solution, as_matrix, solve_layer
 
 
 def _random(seed: int) -> Tensor:
@@ -292,6 +292,23 @@ def test_the_order_with_less_error_is_taken():
     assert _solve(weight).mode == "FCFK"
     assert _solve(weight.transpose(2, 3)).mode == "FCSK"
     assert _solve(weight).error < 1e-5 < _solve(weight).other_error
+
+
+def test_the_other_error_is_that_at_equal_cost():
+    # Wide in one direction: of the bounds, the other order's allow it more than what is spent.
+    weight = torch.randn(128, 64, 3, 5, generator=torch.Generator().manual_seed(6))
+    geometry = Geometry(64, 128, (3, 5), (1, 1))
+    solution = _solve(weight)
+    other = 1 - SPATIAL_MODES.index(solution.mode)
+    ranks = [geometry.macs(solution.split) // geometry.macs(geometry.spatial(other, 1))]
+    policy = RankPolicy()
+    matrix = as_matrix(weight, other)
+    found = factorise(matrix)
+    channels = min(weight.shape[:2])
+    ranks.append(policy.choose(found, tuple(matrix.shape), channels, int).rank)
+    at_equal_cost, at_its_own = (found.error(rank) for rank in ranks)
+    assert solution.other_error == pytest.approx(at_equal_cost, abs=1e-6)
+    assert abs(at_equal_cost - at_its_own) > 0.01
 
 
 def test_tucker_is_taken_where_it_costs_less():

@@ -85,6 +85,24 @@ def test_output_ranges_are_those_of_the_evaluation_since_the_last_step() -> None
     assert EXTRA_RANGES not in {entry.key for entry in fake.metadata_props}
 
 
+def test_output_ranges_of_weights_that_are_gone_are_forgotten() -> None:
+    model, batches = residual()
+    trained = created(model, batches[0])
+    train(trained, batches[:1])
+    kept = {key: value.clone() for key, value in trained.state_dict().items()}
+    with torch.no_grad():
+        trained.b[0].layer.weight.mul_(50)
+    evaluated(trained, batches[0])
+    trained.load_state_dict(kept)
+    saved(trained, batches[0])
+    seen: list[Tensor] = []
+    trained.b[1].register_forward_hook(lambda _, __, y: seen.append(y))
+    evaluated(trained, batches[0])
+    low, high = read_extra_ranges(onnx.load("out/net_deploy_model.onnx"))["b.0"]
+    assert low == pytest.approx(seen[0].min().item(), rel=0.1)
+    assert high == pytest.approx(seen[0].max().item(), rel=0.1)
+
+
 def test_evaluating_in_float_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     batches = data()
     trained = created(network(), batches[0], batch_num=2)

@@ -199,12 +199,40 @@ def scale_by_size() -> nn.Module:
     return Net(run, stem=conv(3, 8), a=conv(8, 8), head=conv(8, 2))
 
 
+def scale_by_numpy() -> nn.Module:
+    def run(m: Any, x: Tensor) -> Tensor:
+        x = m.a(m.stem(x))
+        return m.head(x) / np.prod(x.shape[1:2])
+
+    return Net(run, stem=conv(3, 8), a=conv(8, 8), head=conv(8, 2))
+
+
+def slope_by_size() -> nn.Module:
+    def run(m: Any, x: Tensor) -> Tensor:
+        x = m.a(m.stem(x))
+        return F.leaky_relu(m.head(x), 1 / x.shape[1])
+
+    return Net(run, stem=conv(3, 8), a=conv(8, 8), head=conv(8, 2))
+
+
+def written_size() -> nn.Module:
+    def run(m: Any, x: Tensor) -> Tensor:
+        x = m.a(m.stem(x))
+        y = m.head(x).clone()
+        y[:, 0] = x.shape[1]
+        return y
+
+    return Net(run, stem=conv(3, 8), a=conv(8, 8), head=conv(8, 2))
+
+
 def scale_by_values() -> nn.Module:
     def run(m: Any, x: Tensor) -> Tensor:
         x = m.a(m.stem(x))
         return m.head(x) / (1 + x.abs().sum().item())
 
-    return Net(run, stem=conv(3, 8), a=conv(8, 8), head=conv(8, 2))
+    net = Net(run, stem=conv(3, 8), a=conv(8, 8), head=conv(8, 2))
+    net.table = nn.Parameter(torch.ones(3, 1, dtype=torch.int8), requires_grad=False)
+    return net
 
 
 def reused_conv() -> nn.Module:
@@ -710,6 +738,9 @@ CASES: dict[str, Case] = {
     "mean_over_channels": Case(mean_over_channels, ("stem",), (("a", "mean"),)),
     "mean_by_hand": Case(mean_by_hand, ("stem",), (("a", "number of its channels"),)),
     "scale_by_size": Case(scale_by_size, ("stem",), (("a", "number of its channels"),)),
+    "scale_by_numpy": Case(scale_by_numpy, ("stem",), (("a", "number of its channels"),)),
+    "slope_by_size": Case(slope_by_size, ("stem",), (("a", "number of its channels"),)),
+    "written_size": Case(written_size, ("stem",), (("a", "number of its channels"),)),
     "scale_by_values": Case(scale_by_values, ("stem", "a")),
     "reused_conv": Case(reused_conv, ("stem",), (("before", "reused layer"), ("twice", "reused"))),
     "tied_weights": Case(tied_weights, ("head.0",), (("stem", "reused layer"), ("a", "reused"))),

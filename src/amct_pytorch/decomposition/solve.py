@@ -120,8 +120,8 @@ def solve_layer(
         if not orders:
             return "no component of its weight stands out of the noise"
         chosen = _better(orders, geometry)
-        others = [o.found.error(o.choice.rank) for o in orders if o is not chosen]
-        found = chosen, others[0] if others else None
+        others = [order for order in orders if order is not chosen]
+        found = chosen, _error_instead(others[0], chosen, geometry) if others else None
     solution = _spatial(geometry, *found)
     if tucker:
         other = cheapest_tucker(weight, geometry, solution.error)
@@ -223,9 +223,8 @@ def _leading(
             return None
         choice = policy.choose(found, *asked)
         if choice.certain and 0 < choice.rank <= count:
-            ones = [geometry.macs(geometry.spatial(o.axis, 1)) for o in (guessed, other)]
-            spent = max(choice.rank * ones[0] // ones[1], 1)
-            return replace(guessed, found=found, choice=choice), other.found.error(spent)
+            chosen = replace(guessed, found=found, choice=choice)
+            return chosen, _error_instead(other, chosen, geometry)
     return None
 
 
@@ -238,6 +237,12 @@ def _better(orders: list[_Order], geometry: Geometry) -> _Order:
         return orders[place].found.error(budget // ones[place]), ones[place]
 
     return orders[min(range(len(orders)), key=error)]
+
+
+def _error_instead(other: _Order, chosen: _Order, geometry: Geometry) -> float:
+    """The error of the order that is not taken, at the cost of the one that is."""
+    ones = [geometry.macs(geometry.spatial(order.axis, 1)) for order in (chosen, other)]
+    return other.found.error(max(chosen.choice.rank * ones[0] // ones[1], 1))
 
 
 def _spatial(geometry: Geometry, chosen: _Order, other_error: float | None) -> Solution:

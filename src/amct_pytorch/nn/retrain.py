@@ -93,8 +93,8 @@ class RetrainLayer(LayerStandIn):
 
     Attributes:
         found: factors as of the last evaluation pass through the layer.
-        outputs: what it returned in evaluation since it was last trained, where that is wanted;
-            no part of the state dict.
+        outputs: what it returned in evaluation since it was last trained or got other factors (a
+            checkpoint was loaded, say), where that is wanted; no part of the state dict.
     """
 
     def __init__(
@@ -115,6 +115,7 @@ class RetrainLayer(LayerStandIn):
         self.settings = settings
         self.found: LayerFactors | None = None
         self.outputs = Histogram() if with_outputs else None
+        self._observed_with: LayerFactors | None = None
         self._in_float = False  # the present forward, also when it is run again
         # In a tuple, so that it is no submodule a second time.
         self._norm = (norm,)
@@ -162,7 +163,7 @@ class RetrainLayer(LayerStandIn):
                 if self.norm is not None:
                     self.norm.folded = True
                 y = self.integer_operands(weight, bias, self.found).run(self, call)
-                self._observe_output(y)
+                self._observe_output(y, self.found)
                 return y
         elif self.outputs is not None and self.outputs.total:
             self.outputs = Histogram()
@@ -187,8 +188,10 @@ class RetrainLayer(LayerStandIn):
 
     @torch.compiler.disable
     @without_autograd
-    def _observe_output(self, y: Tensor) -> None:
+    def _observe_output(self, y: Tensor, factors: LayerFactors) -> None:
         if self.outputs is not None:
+            if factors != self._observed_with:
+                self.outputs, self._observed_with = Histogram(), factors
             # Who evaluates on NaN sees it in the result; a range it does not make.
             with contextlib.suppress(ValueError):
                 self.outputs.update(y)

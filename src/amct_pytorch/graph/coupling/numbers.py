@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import nn
 
 from amct_pytorch.graph.coupling.propagation import name_of
-from amct_pytorch.graph.coupling.rules_elementwise import SEVERAL
+from amct_pytorch.graph.coupling.rules_elementwise import ONE, SEVERAL
 from amct_pytorch.graph.look import copy_model
 from amct_pytorch.graph.tensors import ModelInputs
 from amct_pytorch.graph.trace import OpCall, Trace, trace_until
 
 # Functions that compute with every number they are given, and those that do with one only.
-_WITH_ALL = frozenset(
-    [*SEVERAL.split(), "tensor", "as_tensor", "asarray", "scalar_tensor", "new_tensor"]
-)
+_WITH_ALL = frozenset(f"{ONE} {SEVERAL} tensor as_tensor asarray scalar_tensor new_tensor".split())
 _WITH_ONE = {
     "full": (1, "fill_value"),
     "full_like": (1, "fill_value"),
     "new_full": (2, "fill_value"),
     "fill": (1, "value"),
+    "__setitem__": (2, "value"),
     "scaled_dot_product_attention": (6, "scale"),
 }
 # Weights are changed by so much to see which numbers change with them.
 OTHER = 1.25
 
 
-def numbers_in(op: OpCall) -> list[int | float]:
+def numbers_in(op: OpCall) -> list[float]:
     """The numbers that a call computes with, in order; sizes and axes are none of them."""
     name = name_of(op)
     name = name if name.startswith("__") else name.rstrip("_")
@@ -37,10 +37,11 @@ def numbers_in(op: OpCall) -> list[int | float]:
     return _flat([op.args, op.kwargs]) if name in _WITH_ALL else []
 
 
-def _flat(value: Any) -> list[int | float]:
-    if isinstance(value, (int, float)):
+def _flat(value: Any) -> list[float]:
+    # Those of numpy too (np.prod(x.shape)).
+    if isinstance(value, Real):
         # A NaN is the same number as another one here.
-        return [value if value == value else 0.0]
+        return [float(value) if value == value else 0.0]
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, (list, tuple)):
@@ -78,7 +79,8 @@ class Numbers:
             model = copy_model(self._pruned).train(self._training)
             with torch.no_grad():
                 for parameter in model.parameters():
-                    parameter.mul_(OTHER)
+                    if parameter.is_floating_point():
+                        parameter.mul_(OTHER)
             self._other, _ = trace_until(model, self._inputs)
         ops = self._other.ops
         return op.index < len(ops) and numbers_in(ops[op.index]) != numbers_in(op)

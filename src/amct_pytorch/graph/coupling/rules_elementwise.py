@@ -19,8 +19,9 @@ from amct_pytorch.graph.trace import OpCall, Operand
 
 Results = Sequence[Tensor] | None
 
-# The names with "_" behind them, which work in place, go with these.
-_ONE = """
+# The names with "_" behind them, which work in place, go with these. All of them compute with every
+# number that they are given.
+ONE = """
     relu relu6 hardtanh leaky_relu rrelu elu selu celu gelu silu mish sigmoid hardsigmoid
     logsigmoid tanh hardswish softplus softsign tanhshrink hardshrink softshrink threshold exp
     exp2 expm1 log log2 log10 log1p sqrt rsqrt square abs absolute neg negative positive sign sin
@@ -32,7 +33,6 @@ _ONE = """
     zeros_like ones_like empty_like rand_like randn_like full_like fill zero
     __neg__ __pos__ __abs__ __invert__ bernoulli
 """
-# Of these, numbers among the arguments count as tensors do.
 SEVERAL = """
     add sub subtract rsub mul multiply div divide true_divide floor_divide pow float_power
     maximum minimum fmax fmin fmod remainder atan2 hypot where addcmul addcdiv lerp copysign
@@ -46,7 +46,7 @@ SEVERAL = """
 """
 
 
-@rule(*_ONE.split())
+@rule(*ONE.split())
 def one(flow: Propagation, op: OpCall) -> Results:
     """Of the first operand's entries, one each."""
     found = operands([op.args, op.kwargs])
