@@ -13,9 +13,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 import real_models
 import torch
+from hypothesis import settings
 from photo_crops import PhotoCrops
 
 torch.set_num_threads(1)
+
+# How long an example takes says nothing about what is right: a busy machine fails no test.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

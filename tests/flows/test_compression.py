@@ -275,3 +275,38 @@ def test_a_model_that_was_not_created_here():
     with pytest.raises(ModelError, match="create_compressed_retrain_model"):
         save(network())
     assert not Path("out").exists()
+
+
+def sparse_network():
+    Path("sparse.cfg").write_text(TWO_OF_FOUR)
+    return amct.create_prune_retrain_model(network(), images(), "sparse.cfg", "sparse.txt")
+
+
+@pytest.mark.parametrize("wanted", [TWO_OF_FOUR, CHANNELS, TWO_OF_FOUR + QUANTIZED])
+def test_what_is_sparse_or_in_training_already_is_not_made_sparse(wanted):
+    Path("c.cfg").write_text(wanted)
+    create = amct.create_compressed_retrain_model
+    with pytest.raises(
+        ModelError, match=r"2:4 sparse already \(stem first\); give the dense model"
+    ):
+        create(sparse_network(), images(), "c.cfg", "r.txt")
+    Path("q.cfg").write_text(QUANTIZED)
+    training = create(network(), images(), "q.cfg", "q.txt")
+    with pytest.raises(ModelError, match="in quantization-aware training already"):
+        amct.create_prune_retrain_model(training, images(), "c.cfg", "r.txt")
+    assert not Path("r.txt").exists()
+
+
+def test_a_quantized_model_is_not_saved_as_a_sparse_one():
+    Path("c.cfg").write_text(TWO_OF_FOUR + QUANTIZED)
+    model = amct.create_compressed_retrain_model(network(), images(), "c.cfg", "r.txt")
+    with pytest.raises(ModelError, match="give it to save_compressed_retrain_model"):
+        amct.save_prune_retrain_model(model, "net", images())
+    assert not list(Path().glob("net*"))
+
+
+def test_a_sparse_deploy_model_has_nothing_for_qdq():
+    amct.save_prune_retrain_model(sparse_network(), "net", images())
+    with pytest.raises(amct.AmctError, match="no layer of the model is quantized"):
+        amct.deploy_to_qdq("net_deploy_model.onnx", "qdq.onnx")
+    assert not Path("qdq.onnx").exists()

@@ -64,6 +64,8 @@ def command(
         )
     ]
     about["models"]["float"]["model"], about["models"]["quant"]["model"] = float_, quantized
+    if other.kind == "float" and reference.kind in ("deploy", "fake-quant", "QDQ"):
+        output.note(f"FLOAT is a {reference.kind} model and QUANT a float one: are they swapped?")
     output.document = {**about, "goals_missed": missed}
     _tell(output, outputs)
     if missed:

@@ -95,8 +95,9 @@ def qdq_model(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:
     deploy = DeployModel(model)
     if not deploy.layers:
         raise ExportError(
-            "the model has no AscendQuant and AscendDequant around any layer, so it is not a "
-            "deploy model; give the file that ends in deploy_model.onnx"
+            "no layer of the model is quantized (there is no AscendQuant with its AscendDequant): "
+            "it is a float model, as the deploy model of sparsity alone is, and runs as it is; "
+            "or give the file that ends in deploy_model.onnx"
         )
     if any(layer.float_type == TensorProto.FLOAT16 for layer in deploy.layers):
         # QuantizeLinear of opset 18 has no float16, and casts would keep runtimes from fusing.

@@ -17,7 +17,7 @@ from amct_pytorch.config.prune_cfg import (
     PruneConfig,
     prune_config_from_cfg,
 )
-from amct_pytorch.errors import ConfigError, RecordError
+from amct_pytorch.errors import ConfigError, ModelError, RecordError
 from amct_pytorch.files import PathLike, WholeFiles, check_distinct, check_writable
 from amct_pytorch.flows.arguments import public_call
 from amct_pytorch.flows.channel_pruning import (
@@ -45,6 +45,7 @@ from amct_pytorch.graph.look import ModelGraph, look_at
 from amct_pytorch.graph.tensors import ModelInputs
 from amct_pytorch.logs import start_logging
 from amct_pytorch.nn.instrument import instrument
+from amct_pytorch.nn.retrain import retrain_layers
 from amct_pytorch.nn.sparse import sparse_layers
 from amct_pytorch.processes import rank
 from amct_pytorch.proto import AMCTRetrainConfig
@@ -176,6 +177,10 @@ def save_prune_retrain_model(
     start_logging(to_file=False)
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     inputs = ModelInputs.of(input_data)
+    if isinstance(inner, nn.Module) and retrain_layers(inner):
+        raise ModelError(
+            "the model is quantized in training as well; give it to save_compressed_retrain_model"
+        )
     save_pruned(inner, inputs, save_path, (input_names, output_names, dynamic_axes))
 
 
@@ -211,8 +216,10 @@ def what_is_asked(
 
     Raises:
         ConfigError: see `prune_config_from_cfg`; or the config asks for no sparsity.
+        ModelError: the model is 2:4 sparse, or in quantization-aware training, already.
     """
     began = time.perf_counter()
+    _check_plain(model)
     graph = look_at(model, inputs)
     channels = None
     layers = prunable(graph)
@@ -226,6 +233,21 @@ def what_is_asked(
             "filter_pruner or n_out_of_m_pruner"
         )
     return Asked(graph, config, channels, str(cfg), time.perf_counter() - began)
+
+
+def _check_plain(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        return  # the look says so
+    if retrain_layers(model):
+        raise ModelError(
+            "the model is in quantization-aware training already; give the float model"
+        )
+    sparse = sparse_layers(model)
+    if sparse:
+        raise ModelError(
+            f"the model is 2:4 sparse already ({next(iter(sparse)) or 'itself'} first); give the "
+            "dense model, and with it the trained state to the restore function of its flow"
+        )
 
 
 def prune(model: nn.Module, inputs: ModelInputs, asked: Asked) -> tuple[nn.Module, RecordFile]:
