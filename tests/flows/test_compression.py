@@ -186,7 +186,7 @@ def test_quantization_alone():
 
 
 @pytest.mark.parametrize("text", [TWO_OF_FOUR + QUANTIZED, CHANNELS + QUANTIZED, TWO_OF_FOUR])
-def test_restored_training_goes_on_exactly(text):
+def test_restored_training_goes_on_exactly(text, caplog):
     model = network()
     compressed = create(model, text)
     optimizer = train(compressed, 3)
@@ -194,6 +194,7 @@ def test_restored_training_goes_on_exactly(text):
     restored = amct.restore_compressed_retrain_model(
         model, images(), "compress.cfg", "record.txt", "state.pth", "net"
     )
+    assert "overwrote" not in caplog.text  # it goes on with its own record
     again = torch.optim.SGD(restored.parameters(), 0.05, momentum=0.9)
     again.load_state_dict(torch.load("state.pth", weights_only=True)["sgd"])
     train(compressed, 3, optimizer)

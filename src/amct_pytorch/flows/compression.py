@@ -216,7 +216,7 @@ def _begin(
     new: bool,
 ) -> None:
     if quantizes:
-        begin_record(model, inputs, path, record)
+        begin_record(model, inputs, path, record, announce=new)
     elif new and rank() == 0:
         write_record(path, record)
 

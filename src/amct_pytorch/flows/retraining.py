@@ -223,7 +223,8 @@ def _created(
     if checkpoint is not None:
         load_checkpoint(trained, *checkpoint)
     start_logging(to_file=True)
-    begin_record(trained, inputs, record_path)
+    # A model that is restored goes on with the record that it had.
+    begin_record(trained, inputs, record_path, announce=checkpoint is None)
     return trained
 
 

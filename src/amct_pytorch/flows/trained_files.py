@@ -111,7 +111,12 @@ class RecordWriter:
 
 
 def begin_record(
-    model: nn.Module, inputs: ModelInputs, path: Path, beside: RecordFile | None = None
+    model: nn.Module,
+    inputs: ModelInputs,
+    path: Path,
+    beside: RecordFile | None = None,
+    *,
+    announce: bool = True,
 ) -> None:
     """Writes a record with what is known, and has inference passes bring it up to date.
 
@@ -120,10 +125,12 @@ def begin_record(
         inputs: that it can be run on.
         path: the record.
         beside: what else it holds.
+        announce: whether the log tells of a record that was there.
     """
     if rank() == 0:
         factors = current_factors(model, inputs)
-        write_record(path, replace(beside or RecordFile(), factors=factors))
+        record = replace(beside or RecordFile(), factors=factors)
+        write_record(path, record, announce=announce)
     model.register_forward_hook(RecordWriter(path.absolute(), beside))
 
 
