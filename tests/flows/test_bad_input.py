@@ -293,7 +293,7 @@ def test_qdq_of_a_file_that_is_no_deploy_model() -> None:
     quantized(Chain().eval())(X)
     amct.save_model("m.onnx", "record.txt", "out/net")
     for name in ("m.onnx", "out/net_fake_quant_model.onnx"):
-        with pytest.raises(ExportError, match="not a deploy model"):
+        with pytest.raises(ExportError, match="no layer of the model is quantized"):
             amct.deploy_to_qdq(name, "out/net_qdq_model.onnx")
     with pytest.raises(ArgumentValueError, match="same file"):
         amct.deploy_to_qdq("out/net_deploy_model.onnx", "out/net_deploy_model.onnx")
