@@ -299,3 +299,21 @@ def test_nothing_is_left_of_the_inputs_that_were_kept(
         quantized(batch)
     assert f"are kept in {kept}" in Path("amct_log/amct_pytorch.log").read_text()
     assert not any(kept.rglob("*"))
+
+
+@pytest.mark.parametrize(("samples", "told"), [(4, True), (64, False)])
+def test_too_few_rows_for_a_layer_are_told(
+    samples: int, told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    x = torch.randn(samples, 32)
+    amct.create_quant_config("c.json", model, x, batch_num=1)
+    document = json.loads(Path("c.json").read_text())
+    for name in ("0", "2"):
+        document[name]["weight_quant_params"] |= {"wts_algo": "ada_quantize", "num_iteration": 10}
+    Path("c.json").write_text(json.dumps(document))
+    with torch.no_grad():
+        amct.quantize_model("c.json", "m.onnx", "r.txt", model, x)(x)
+    said = "2 of 2 layers have fewer rows of calibration data than weights for each output"
+    assert (f"{said} (0 (4 < 32) first)" in caplog.text) == told

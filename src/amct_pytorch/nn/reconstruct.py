@@ -221,6 +221,7 @@ class Reconstruct:
         self._factors = factors
         self._operands = operands
         self._rows = rows
+        self._few: list[str] = []  # layers with fewer rows than weights for each output
         self.results: dict[str, Reconstruction] = {}
 
     def run(self) -> None:
@@ -233,6 +234,15 @@ class Reconstruct:
             passes.append(self._pass(batch, stage))
         with tqdm(total=len(wanted), desc="ADA", unit="layer", disable=None) as self._bar:
             lockstep.run(passes)
+        if self._few:
+            logger.warning(
+                "ADA: %d of %d layers have fewer rows of calibration data than weights for each "
+                "output (%s first): it can fit these rows and be worse on other data; give more "
+                "samples, or compare with nearest rounding on data of your own",
+                len(self._few),
+                len(wanted),
+                self._few[0],
+            )
 
     def _pass(self, batch: int, stage: Stage) -> Callable[[], object]:
         def run() -> None:
@@ -269,6 +279,9 @@ class Reconstruct:
             layer.bias.detach().float(),
             self._activations[name],
         )
+        _, rows, values = unit.inputs.shape
+        if rows < min(values, _rows(layer)):
+            self._few.append(f"{name} ({rows} < {values})")
         inputs = IntFormat(factors.activation_bits)
         scale_d, offset_d = best_range(
             unit,
