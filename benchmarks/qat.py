@@ -34,6 +34,7 @@ os.environ.update(SETTINGS)  # before torch is imported
 
 import torch
 from torch import Tensor, nn
+from training_step import stepper
 
 from amct_pytorch.nn.module.quantization import Conv2dQAT, LinearQAT
 
@@ -131,19 +132,6 @@ CONTENDERS: dict[str, Callable[[nn.Module, int], nn.Module]] = {
     "torch.ao.quantization": torch_own,
     "torchao": torchao,
 }
-
-
-def stepper(model: nn.Module, x: Tensor) -> Callable[[], None]:
-    """A function that makes one step of SGD with momentum."""
-    optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
-    model.train()
-
-    def step() -> None:
-        optimizer.zero_grad()
-        model(x).square().mean().backward()
-        optimizer.step()
-
-    return step
 
 
 def made(network: str, contender: str, bits: int) -> tuple[nn.Module, Tensor]:

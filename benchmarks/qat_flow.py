@@ -32,6 +32,7 @@ os.environ.update(SETTINGS)  # before torch is imported
 import numpy as np
 import torch
 from torch import Tensor, nn
+from training_step import stepper
 
 import amct_pytorch as amct
 from amct_pytorch.nn.retrain import retrain_layers
@@ -43,19 +44,6 @@ RESULTS = Path(__file__).parent / "results" / "qat_flow.json"
 
 
 # --- costs -------------------------------------------------------------------------------------
-
-
-def stepper(model: nn.Module, x: Tensor) -> Any:
-    """A function that makes one step of SGD with momentum."""
-    optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
-    model.train()
-
-    def step() -> None:
-        optimizer.zero_grad()
-        model(x).square().mean().backward()
-        optimizer.step()
-
-    return step
 
 
 def networks() -> dict[str, tuple[nn.Module, Tensor]]:
