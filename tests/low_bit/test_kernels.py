@@ -6,7 +6,9 @@ from torch import nn
 
 import amct_pytorch as amct
 from amct_pytorch.formats import FORMATS
+from amct_pytorch.low_bit import kernels
 from amct_pytorch.low_bit.kernels import BFLOAT16_TOLERANCE
+from amct_pytorch.low_bit.reference import exact_linear
 
 INT8 = {"type": "int8", "symmetric": True, "strategy": "channel"}
 BY_TOKEN = {"type": "int8", "symmetric": True, "strategy": "token"}
@@ -23,6 +25,14 @@ def converted(weights, inputs=None, bias=True):
         net(torch.randn(4, 96) + 0.3)
     amct.convert(net)
     return net[0]
+
+
+@pytest.fixture
+def integer_products(monkeypatch):
+    """`_int_mm` runs wherever it is exact, fast or not."""
+    if not kernels._int_mm_is_exact(torch.device("cpu")):
+        pytest.skip("torch._int_mm is not exact on this processor")
+    monkeypatch.setattr(kernels, "_int_mm_is_fast", lambda device: True)
 
 
 def both(layer, x):
@@ -55,7 +65,9 @@ def hostile_tokens():
     [BY_TOKEN, BY_TENSOR, {**BY_TENSOR, "symmetric": False}],
     ids=["token", "tensor", "tensor with offset"],
 )
-def test_integer_products_of_one_token_are_those_of_the_reference(weights, inputs):
+def test_integer_products_of_one_token_are_those_of_the_reference(
+    integer_products, weights, inputs
+):
     layer = converted(weights, inputs)
     x = hostile_tokens()
     for token in x:
@@ -68,7 +80,7 @@ def test_integer_products_of_one_token_are_those_of_the_reference(weights, input
 @pytest.mark.parametrize("inputs", [BY_TOKEN, BY_TENSOR], ids=["token", "tensor"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("tokens", [1, 3])
-def test_what_is_no_number_spoils_its_token_only(inputs, value, tokens):
+def test_what_is_no_number_spoils_its_token_only(integer_products, inputs, value, tokens):
     layer = converted(INT8, inputs)
     x = torch.randn(tokens, 96)
     x[0, 5] = value
@@ -78,6 +90,42 @@ def test_what_is_no_number_spoils_its_token_only(inputs, value, tokens):
     # A static scale has an end for infinity.
     assert bool(fast[0].isnan().all()) == (inputs is BY_TOKEN or value != value)
     assert not fast[1:].isnan().any()
+
+
+@pytest.mark.parametrize("columns", [1, 257, 1024, 1025, 3000])
+@pytest.mark.parametrize("ends", [(-128, 127), (-255, 255), (-(2**15), 2**15 - 1)])
+def test_products_in_parts_are_exact(columns, ends):
+    torch.manual_seed(13)
+    x, weight = (torch.randint(ends[0], ends[1] + 1, (rows, columns)).double() for rows in (5, 7))
+    x[0], weight[0] = ends[0], ends[0]  # the largest sum that there is
+    x[1, ::2], x[1, 1::2] = ends
+    largest = max(abs(end) for end in ends) ** 2
+    found = exact_linear(x.float(), weight.float(), largest)
+    assert torch.equal(found.long(), x.long() @ weight.long().T)
+
+
+def test_slow_integer_products_are_left_to_float(monkeypatch):
+    monkeypatch.setattr(kernels, "_int_mm_is_fast", lambda device: False)
+    layer = converted(INT8, BY_TOKEN)
+    x = torch.randn(3, 96)
+    quick = layer(x)
+    assert layer.kernel == "reference"
+    layer.backend = "reference"
+    assert torch.equal(quick, layer(x))
+
+
+def test_an_integer_bias_leaves_room_for_the_sum(integer_products):
+    net = nn.Sequential(nn.Linear(96, 2)).eval()
+    weight_scale, input_scale = 2.0**-23, 1 / 127
+    with torch.no_grad():
+        net[0].weight.fill_(127 * weight_scale)
+        net[0].bias.fill_((2.0**31 - 1000) * weight_scale * input_scale)
+    amct.quantize(net, {"quant_cfg": {"weights": INT8, "inputs": BY_TENSOR}, "algorithm": "minmax"})
+    x = torch.ones(3, 96)
+    with torch.no_grad():
+        wanted = net(x)
+        amct.convert(net)
+        assert torch.allclose(net(x), wanted, rtol=1e-5)
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 BACKENDS = ("auto", "reference")
 LARGEST_INT32 = 2**31 - 1
+# Of an 8-bit code less its offset, and a symmetric one; an int32 holds the bias and all of them.
+LARGEST_PRODUCT = 255 * 128
 # Buffers that must stay as they are when the model is cast to another floating dtype.
 _FACTORS = ("scale", "divisor", "input_scale")
 
@@ -199,7 +201,7 @@ class LowBitLinear(nn.Module):
             units = (
                 bias.detach().double() / (weight.scale.double().view(-1) * inputs.scale)
             ).round()
-            if bool(units.abs().max() > LARGEST_INT32):
+            if bool(units.abs().max() > LARGEST_INT32 - columns * LARGEST_PRODUCT):
                 notes.append("the bias is beyond int32 in units of the scales; it stays float")
             else:
                 buffers["bias"] = units.to(torch.int32)

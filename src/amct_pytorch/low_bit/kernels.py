@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
+import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 # Beyond this many tokens at once, dequantizing int8 weights for one float product is faster.
 FEW_TOKENS = 32
+# Of the square matrices that are multiplied to see what is fast: about 1 ms each.
+TIMED_SIZE = 256
 # Of the operands of torch's weight-only kernels: they load whole vectors and end the process where
 # those are not aligned. What torch allocates is.
 ALIGNMENT = 64
@@ -175,7 +179,8 @@ class IntegerProduct(Kernel):
     """``torch._int_mm``: int8 inputs and symmetric int8 or int4 weights; exact integer sums.
 
     Codes of int4 weights are unpacked for each product. Used on devices where it proves exact
-    at the ends of the range: x86 instructions without VNNI saturate there.
+    at the ends of the range and fast: without VNNI, x86 instructions saturate there, or torch
+    takes a plain loop, many times slower than the reference's products in float32.
     """
 
     name = "int8 products"
@@ -187,6 +192,7 @@ class IntegerProduct(Kernel):
             and layer.spec.weight.symmetric
             and (x.device.type == "cpu" or (layer.in_features | layer.out_features) % 8 == 0)
             and _int_mm_is_exact(x.device)
+            and _int_mm_is_fast(x.device)
         )
 
     def prepare(self, layer: LowBitLinear) -> None:
@@ -275,6 +281,26 @@ def _int_mm_is_exact(device: torch.device) -> bool:
         return False
     expected = torch.stack([lowest.double() @ w.double().t() for w in (lowest, ends)])
     return bool((sums.double() == expected).all())
+
+
+@functools.cache
+def _int_mm_is_fast(device: torch.device) -> bool:
+    """Whether a product takes less time than the same in float32; always taken for so on GPUs."""
+    if device.type != "cpu":
+        return True
+    codes = torch.ones(TIMED_SIZE, TIMED_SIZE, dtype=torch.int8)
+    floats = codes.float()
+
+    def least(product: Callable[[], object]) -> float:
+        times = []
+        for _ in range(3):
+            started = time.perf_counter()
+            product()
+            times.append(time.perf_counter() - started)
+        return min(times)
+
+    # Both are exact: which one runs does not show in any result.
+    return least(lambda: _int_mm(codes, codes.t())) < least(lambda: floats @ floats.t())
 
 
 def _bfloat16_tokens(layer: LowBitLinear, x: Tensor) -> Tensor:

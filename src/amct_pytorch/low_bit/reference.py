@@ -8,11 +8,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from amct_pytorch.formats import IntFormat, NumberFormat
+
 if TYPE_CHECKING:
     from amct_pytorch.low_bit.deploy_linear import LowBitLinear
 
 # Sums of integers up to this are exact in float32, whatever their order.
 EXACT_IN_FLOAT32 = 2**24
+# With fewer columns to a product in float32, one in float64 is faster.
+FEWEST_COLUMNS = 64
 
 
 def reference_linear(layer: LowBitLinear, x: Tensor) -> Tensor:
@@ -35,11 +39,40 @@ def reference_linear(layer: LowBitLinear, x: Tensor) -> Tensor:
         weight = layer.codes().float()
         if layer.offset is not None:
             weight = weight - layer.offset
-        # 255 and 255 are the largest differences of 8-bit integers.
-        exact = layer.in_features * 255 * 255 < EXACT_IN_FLOAT32
-        dtype = torch.float32 if exact else torch.float64
-        return scaled_sums(layer, linear(integers.to(dtype), weight.to(dtype)), scale, x.dtype)
+        largest = _largest(inputs.fmt, offset is None)
+        largest *= _largest(layer.spec.weight.format, layer.offset is None)
+        return scaled_sums(layer, exact_linear(integers, weight, largest), scale, x.dtype)
     return with_bias(layer, y).to(x.dtype)
+
+
+def exact_linear(x: Tensor, weight: Tensor, largest: int) -> Tensor:
+    """x · weightᵀ of integers, exact: columns go in parts whose sums float32 holds.
+
+    Args:
+        x: integers in float32, [..., K].
+        weight: integers in float32, [N, K].
+        largest: that no product of two of them exceeds.
+
+    Returns:
+        [..., N]; float32 if that holds every sum, else float64.
+    """
+    columns, size = EXACT_IN_FLOAT32 // largest, x.shape[-1]
+    if size <= columns:
+        return linear(x, weight)
+    if columns < FEWEST_COLUMNS:
+        return linear(x.double(), weight.double())
+    parts = zip(x.split(columns, -1), weight.split(columns, -1), strict=True)
+    first, *others = (linear(*part) for part in parts)
+    sums = first.double()
+    for part in others:
+        sums += part
+    return sums
+
+
+def _largest(fmt: NumberFormat, symmetric: bool) -> int:
+    """Of the magnitudes of codes less their offset."""
+    assert isinstance(fmt, IntFormat)
+    return -fmt.qmin if symmetric else fmt.qmax - fmt.qmin
 
 
 def divided(layer: LowBitLinear, x: Tensor) -> Tensor:
@@ -61,7 +94,8 @@ def scaled_sums(
     """
     bias, weight_scale = buffers(layer, "bias", "scale")
     if bias is not None and not bias.is_floating_point():
-        sums = sums.add_(bias)
+        # float32 does not hold every int32.
+        sums = (sums.double() if sums.dtype == torch.float32 else sums).add_(bias)
     y = sums.float().mul_(scale).mul_(weight_scale.view(-1))
     return with_bias(layer, y).to(dtype)
 
