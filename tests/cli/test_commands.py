@@ -149,7 +149,12 @@ BAD = {
     "no model": (["quantize", "none.onnx", "--data", "S"], 1, "there is no file 'none.onnx'"),
     "no data": (["quantize", "N", "--data", "nowhere"], 1, "no folder or file 'nowhere'"),
     "no such layer": (
-        ["quantize", "N", "--data", "S", "--skip", "stemm"], 1, "did you mean 'stem'?",
+        ["quantize", "N", "--data", "S", "--skip", "stemm"], 1,
+        "--skip: stemm: the model has no such layer (did you mean 'stem'?)",
+    ),
+    "mean of the wrong length": (
+        ["quantize", "N", "--data", "S", "--mean", "1,2", "--std", "1"], 1,
+        "error: --mean has 2 numbers; allowed: 1, or 3",
     ),
     "no such module": (["quantize", "nonets:build", "--data", "S"], 1, "cannot be imported"),
     "too many batches": (
@@ -163,6 +168,7 @@ BAD = {
         "--skip cannot go with --config",
     ),
     "unknown file": (["inspect", "S"], 1, "none of the files that amct knows"),
+    "JSON as a model": (["quantize", "J", "--data", "S"], 1, "is not a readable ONNX model"),
     "no ledger": (["report", "N"], 1, "not UTF-8"),
 }  # fmt: skip
 
@@ -170,14 +176,17 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_line_and_an_exit_status_and_no_file(amct, network, samples, case):
     words, status, text = BAD[case]
+    Path("some.json").write_text('{"a": 1}')
     before = set(Path().rglob("*"))
-    result = amct(*({"N": network, "S": samples}.get(word, word) for word in words))
+    paths = {"N": network, "S": samples, "J": "some.json"}
+    result = amct(*(paths.get(word, word) for word in words))
     assert result.exit_code == status
     assert text in result.output
     assert "Traceback" not in result.output
     if status == 1:
-        errors = [line for line in result.stderr.splitlines() if line.startswith("amct: error:")]
-        assert len(errors) == 1
+        lines = result.stderr.splitlines()
+        errors = [line for line in lines if line.startswith("amct: error:")]
+        assert errors == lines[-1:]
     # The log that flows keep is no result.
     assert {p for p in Path().rglob("*") if "amct_log" not in p.parts} == before
 

@@ -306,6 +306,16 @@ def test_a_quantized_model_is_not_saved_as_a_sparse_one():
     assert not list(Path().glob("net*"))
 
 
+def test_a_record_where_the_save_path_should_be_is_refused():
+    Path("c.cfg").write_text(TWO_OF_FOUR)
+    model = amct.create_compressed_retrain_model(network(), images(), "c.cfg", "r.txt")
+    before = Path("r.txt").read_bytes()
+    with pytest.raises(amct.AmctError, match=r"save_path is .r\.txt., a file that exists"):
+        amct.save_compressed_retrain_model(model, "net", "r.txt", images())
+    assert Path("r.txt").read_bytes() == before
+    assert not list(Path().glob("*net*")) and not list(Path().glob("*.onnx"))
+
+
 def test_a_sparse_deploy_model_has_nothing_for_qdq():
     amct.save_prune_retrain_model(sparse_network(), "net", images())
     with pytest.raises(amct.AmctError, match="no layer of the model is quantized"):

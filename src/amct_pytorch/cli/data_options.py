@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,9 +93,8 @@ def preprocessing_of(data: dict[str, Any], inputs: list[InputSpec]) -> Preproces
     Raises:
         ArgumentValueError, FileMissingError, ConfigError: an option is wrong, or is missing.
     """
-    from dataclasses import replace
 
-    from amct_pytorch.cli.images import Preprocessing, preprocessing_from
+    from amct_pytorch.cli.images import preprocessing_from
     from amct_pytorch.errors import ArgumentValueError
 
     keys = ("crop", "resize", "layout", "channels", "interpolation")
@@ -108,7 +108,7 @@ def preprocessing_of(data: dict[str, Any], inputs: list[InputSpec]) -> Preproces
             raise ArgumentValueError(f"--size is {data['size']!r}; allowed: H or H,W")
         stated["size"] = (sizes[0], sizes[-1])
     if data["preprocessing_file"] is not None:
-        return replace(preprocessing_from(data["preprocessing_file"]), **stated)
+        return _of_options({**vars(preprocessing_from(data["preprocessing_file"])), **stated})
     if "mean" not in stated and "std" not in stated:
         return None
     for key in ("mean", "std"):
@@ -116,7 +116,30 @@ def preprocessing_of(data: dict[str, Any], inputs: list[InputSpec]) -> Preproces
             raise ArgumentValueError(f"--{key} is missing; for images both --mean and --std count")
     if "size" not in stated:
         stated["size"] = _own_size(inputs, stated.get("layout", "nchw"))
-    return Preprocessing(**stated)
+    return _of_options(stated)
+
+
+def _of_options(stated: dict[str, Any]) -> Preprocessing:
+    from amct_pytorch.cli.images import Preprocessing
+
+    with ExitStack() as names:
+        for key in stated:
+            names.enter_context(named_as(key, f"--{key}"))
+        return Preprocessing(**stated)
+
+
+@contextmanager
+def named_as(name: str, option: str) -> Iterator[None]:
+    """Errors about an argument that begin with its `name` begin with the option's instead."""
+    from amct_pytorch.errors import ArgumentValueError
+
+    try:
+        yield
+    except ArgumentValueError as error:
+        text = str(error)
+        if not text.startswith((f"{name} ", f"{name}:", f"{name}.")):
+            raise
+        raise ArgumentValueError(option + text.removeprefix(name)) from error
 
 
 def _own_size(inputs: list[InputSpec], layout: str) -> tuple[int, int]:

@@ -244,6 +244,7 @@ class _Making:
         )
 
     def _write_config(self, config: Path, inputs: tuple[torch.Tensor, ...]) -> None:
+        from amct_pytorch.cli.data_options import named_as
         from amct_pytorch.flows.post_training import create_quant_config
 
         given = self._request.config
@@ -255,15 +256,16 @@ class _Making:
                 text = json.dumps({**json.loads(text), "batch_num": self._number}, indent=4)
             config.write_text(text)
             return
-        create_quant_config(
-            config,
-            self._model.module,
-            inputs,
-            skip_layers=list(self._request.skip) or None,
-            batch_num=self._number,
-            activation_offset=not self._request.symmetric,
-            config_defination=given,
-        )
+        with named_as("skip_layers", "--skip"):
+            create_quant_config(
+                config,
+                self._model.module,
+                inputs,
+                skip_layers=list(self._request.skip) or None,
+                batch_num=self._number,
+                activation_offset=not self._request.symmetric,
+                config_defination=given,
+            )
         document = json.loads(config.read_text())
         document["batch_num"] = self._number
         if self._request.best:

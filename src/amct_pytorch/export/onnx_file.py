@@ -57,7 +57,9 @@ def load_onnx(path: PathLike, what: str = "path", *, tensors_stay: bool = False)
     except OSError as error:
         raise FileAccessError(f"{what}: ONNX file {str(file)!r} cannot be read: {error}") from error
     except Exception as error:
-        raise ExportError(f"{what}: {str(file)!r} is not a readable ONNX model: {error}") from error
+        # What is behind the first line lists the fields of a protocol buffer.
+        why = str(error).partition("\n")[0]
+        raise ExportError(f"{what}: {str(file)!r} is not a readable ONNX model: {why}") from error
     model = stored.model
     if not model.HasField("graph") or not model.opset_import:
         raise ExportError(

@@ -14,6 +14,9 @@ FILE_NAMES = {
     "ledger": "ledger.json",
 }
 
+# A save_path that ends like one of these was meant for another argument.
+OTHER_FILES = (".txt", ".json", ".cfg")
+
 
 def output_path(save_path: PathLike, which: str) -> Path:
     """Where a file goes under a user's `save_path`, which is a folder and a prefix.
@@ -35,6 +38,11 @@ def output_path(save_path: PathLike, which: str) -> Path:
         )
     if not text or "\0" in text:
         raise ArgumentValueError(f"save_path is {text!r}; it must be a folder and a prefix")
+    if text.endswith(OTHER_FILES) and os.path.isfile(text):  # noqa: PTH113 (likewise)
+        raise ArgumentValueError(
+            f"save_path is {text!r}, a file that exists; it must be a folder and a prefix, such as "
+            "'out/net' (has it changed places with record_file?)"
+        )
     if text.endswith(("/", os.sep)) or os.path.isdir(text):  # noqa: PTH112 (False for a name too long)
         return Path(text) / FILE_NAMES[which]
     return Path(f"{text}_{FILE_NAMES[which]}")
