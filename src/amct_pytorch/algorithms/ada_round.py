@@ -48,7 +48,7 @@ class Rounded:
         scale: [channels] or [1].
         steps: weights in units of their scale, integers held in float32, [groups, K, channels].
         bias: [channels].
-        error: mean over channels of the squared error of f's result, in units of its power.
+        error: squared error of f's result in units of its power, both over all channels.
         error_nearest: that of nearest rounding with the scale that spans the weights and the
             layer's own bias.
         iterations: steps of learning that were made.
@@ -77,7 +77,7 @@ def ada_round(
     shrinks = SHRINKS if fmt.bits > LOW_BITS else LOW_BIT_SHRINKS
     best = _Choice.of(unit, scale, unit.nearest(scale, fmt))
     own_bias = unit.outputs(best.steps * unit.per_channel(scale)) + unit.bias
-    error_nearest = float((unit.errors(own_bias) / unit.power).mean())
+    error_nearest = unit.loss(unit.errors(own_bias))
     shrunk = _best_scale(unit, scale, least_scale, fmt, shrinks)
     best = best.or_better(unit, _Choice.of(unit, shrunk, unit.nearest(shrunk, fmt)))
     fed_scale, fed = round_with_feedback(unit, fmt, shrinks, one_scale=scale.numel() == 1)
@@ -121,8 +121,8 @@ class _Choice:
         return unit.outputs(self.steps * unit.per_channel(self.scale)) + self.bias
 
     def loss(self, unit: Unit) -> float:
-        """Mean over channels of the error in units of the power of what is wanted."""
-        return float((self.errors / unit.power).mean())
+        """Error of all channels in units of the power of what is wanted."""
+        return unit.loss(self.errors)
 
     def or_better(self, unit: Unit, other: _Choice, allowed: Tensor | None = None) -> _Choice:
         """The better of two in each channel, or, where all share a scale that differs, of all."""
@@ -172,7 +172,7 @@ def _best_scale(
         # A shift of the mean is what the bias is for.
         error = unit.errors(y + (targets - y).mean(0), rows) + unit.ridge(weight)
         if spanning.numel() == 1:
-            error = (error / unit.power).sum().reshape(1)
+            error = error.sum().reshape(1)
         if least is None:
             best, least = scale, error
             continue

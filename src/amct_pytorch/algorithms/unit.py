@@ -11,9 +11,6 @@ from torch import Tensor
 
 from amct_pytorch.formats import IntFormat
 
-# A channel that is constant has errors in units of this part of the others' mean power.
-LEAST_POWER = 1e-6
-
 
 @dataclass(frozen=True)
 class Unit:
@@ -48,11 +45,16 @@ class Unit:
         return self.activated(self.targets)
 
     @cached_property
-    def power(self) -> Tensor:
-        """Variance of what is wanted, never 0, [channels]: what errors are in proportion to."""
-        found = self.wanted.var(0, correction=0)
-        mean = float(found.mean())
-        return found + (LEAST_POWER * mean if mean > 0 else 1.0)
+    def power(self) -> float:
+        """Variance of what is wanted, summed over channels; 1 where that is 0."""
+        return float(self.wanted.var(0, correction=0).sum()) or 1.0
+
+    def loss(self, errors: Tensor) -> float:
+        """Errors of channels [channels], in units of the power of what is wanted.
+
+        A channel that hardly varies counts as little as it does to the layer behind.
+        """
+        return float(errors.sum()) / self.power
 
     @cached_property
     def slopes(self) -> Tensor | None:

@@ -28,7 +28,9 @@ def best_range(
     """The scale and offset with the least error of the unit's output, near to given ones.
 
     A range that is right for the values of an input may be wrong for the layer: values differ in
-    how much depends on them. Errors of a channel count in units of the power of its output.
+    how much depends on them. Errors of all channels add up as they are: in units of each channel's
+    own power, those that are nearly always 0 decide, and what the others need is clipped
+    (EfficientNet-Lite0 on 8 photos: 19.1 dB on others, and 24.9 so).
 
     Args:
         unit: with inputs that are not quantized.
@@ -44,7 +46,7 @@ def best_range(
         y = torch.matmul(quantized(x, scale, offset, fmt), unit.weight)
         y = y.transpose(0, 1).flatten(1)
         # A shift of the mean is what the bias is for.
-        return float((unit.errors(y + (targets - y).mean(0), rows) / unit.power).sum())
+        return unit.loss(unit.errors(y + (targets - y).mean(0), rows))
 
     low, high = (fmt.qmin - offset) * scale, (fmt.qmax - offset) * scale
     best, least = (scale, offset), error(scale, offset)
