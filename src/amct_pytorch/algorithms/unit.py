@@ -18,7 +18,8 @@ class Unit:
 
     Attributes:
         inputs: x', float32 [groups, rows, K].
-        targets: W x + bias of the float network, float32 [rows, channels].
+        targets: W x + bias of the float network, float32 [rows, channels]; fastest where the
+            rows of a channel lie side by side in memory.
         weight: float32 [groups, K, channels of a group].
         bias: float32 [channels].
         activation: f, which is elementwise; takes [rows, channels]. None: the identity.
@@ -31,9 +32,9 @@ class Unit:
     activation: Callable[[Tensor], Tensor] | None = None
 
     def outputs(self, weight: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
-        """x' times a weight, without bias, [rows, channels]."""
-        product = torch.matmul(self.inputs[:, rows], weight)
-        return product.transpose(0, 1).flatten(1)
+        """x' times a weight, without bias, [rows, channels], rows of a channel side by side."""
+        # So ordered, depthwise layers' products and gradients take half the time.
+        return torch.matmul(weight.mT, self.inputs[:, rows].mT).flatten(0, 1).T
 
     def activated(self, y: Tensor) -> Tensor:
         """f(y)."""
@@ -98,9 +99,12 @@ class Unit:
         """The weight in units of a scale [channels] or [1], rounded to the nearest."""
         return fmt.round(self.weight / self.per_channel(scale))
 
-    def of_rows(self, rows: slice) -> Unit:
-        """The same layer with some of the rows."""
-        return replace(self, inputs=self.inputs[:, rows], targets=self.targets[rows])
+    def of_rows(self, rows: slice | Tensor) -> Unit:
+        """The same layer with some of the rows, or with all in another order."""
+        if isinstance(rows, slice):
+            return replace(self, inputs=self.inputs[:, rows], targets=self.targets[rows])
+        inputs, targets = self.inputs.index_select(1, rows), self.targets.T.index_select(1, rows).T
+        return replace(self, inputs=inputs, targets=targets)
 
     def some_rows(self, number: int) -> slice:
         """At least so many rows at even distances, or all."""

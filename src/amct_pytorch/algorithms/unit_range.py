@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,7 +14,8 @@ from amct_pytorch.formats import IntFormat
 # Both ends together, then each end alone, twice.
 TOGETHER = (0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.2, 1.3, 1.5)
 ALONE = (0.8, 0.9, 0.95, 1.05, 1.1, 1.2)
-ROWS = 1024
+# Rows that are tried: fewer where each has many values, as in depthwise layers.
+MOST_ROWS, FEWEST_ROWS, VALUES = 1024, 256, 2**22
 
 
 def quantized(x: Tensor, scale: float, offset: int, fmt: IntFormat) -> Tensor:
@@ -39,14 +41,14 @@ def best_range(
         fmt: the integers.
         symmetric: whether the offset has to be 0.
     """
-    rows = unit.some_rows(ROWS)
-    x, targets = unit.inputs[:, rows], unit.targets[rows]
+    groups, _, size = unit.inputs.shape
+    number = min(MOST_ROWS, max(FEWEST_ROWS, VALUES // (groups * size)))
+    few = unit.of_rows(unit.some_rows(number))
 
     def error(scale: float, offset: int) -> float:
-        y = torch.matmul(quantized(x, scale, offset, fmt), unit.weight)
-        y = y.transpose(0, 1).flatten(1)
+        y = replace(few, inputs=quantized(few.inputs, scale, offset, fmt)).outputs(unit.weight)
         # A shift of the mean is what the bias is for.
-        return unit.loss(unit.errors(y + (targets - y).mean(0), rows))
+        return few.loss(few.errors(y + (few.targets - y).mean(0)))
 
     low, high = (fmt.qmin - offset) * scale, (fmt.qmax - offset) * scale
     best, least = (scale, offset), error(scale, offset)

@@ -274,7 +274,7 @@ class Reconstruct:
         assert factors.scale_d is not None
         unit = Unit(
             torch.cat([rows.inputs for rows in brought], 1),
-            torch.cat([rows.targets for rows in brought]),
+            torch.cat([rows.targets.T for rows in brought], 1).T,
             weight_matrices(layer, layer.weight.detach().float()),
             layer.bias.detach().float(),
             self._activations[name],
