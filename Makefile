@@ -23,7 +23,7 @@ PY_DIRS := $(wildcard src tests examples benchmarks docs)
 .DEFAULT_GOAL := help
 .PHONY: help env test fuzz lint format types docs proto demo accuracy bench bench-peers bench-table \
   bench-costs bench-decomposition bench-finetune bench-flow bench-gptq bench-super-resolution bench-decode \
-  bench-low-bit-peers bench-pruning bench-best bench-distillation bench-qat bench-qat-flow bench-search \
+  bench-low-bit-formats bench-low-bit-peers bench-pruning bench-best bench-distillation bench-qat bench-qat-flow bench-search \
   bench-sparsity \
   command-line real-models kv-cache language-model clean distclean
 .DELETE_ON_ERROR:
@@ -53,6 +53,7 @@ help:
 	@echo "make bench-search auto calibration on EfficientNet-Lite0: trials, a kill in between"
 	@echo "make bench-gptq   one GPTQ layer against the textbook loop; SmolLM2-135M from end to end"
 	@echo "make bench-low-bit-peers    SmolLM2-135M in int4 beside the tools that are installed"
+	@echo "make bench-low-bit-formats    SmolLM2-135M in every kind of number, by every algorithm"
 	@echo "make bench-decode  SmolLM2-135M generating text with low-bit weights: speed, memory"
 	@echo "make real-models  quantize a sentence encoder, waifu2x and a 3-D U-Net; check their figures"
 	@echo "make kv-cache     SmolLM2-135M with int8 KV caches: perplexity, memory, speed"
@@ -182,6 +183,9 @@ bench-flow: env
 
 bench-gptq: $(VENV)/.stamp-language
 	$(BIN)/python benchmarks/gptq.py --model
+
+bench-low-bit-formats: $(VENV)/.stamp-language
+	$(BIN)/python benchmarks/low_bit_formats.py
 
 bench-low-bit-peers: $(VENV)/.stamp-language
 	$(BIN)/python benchmarks/low_bit_peers.py
