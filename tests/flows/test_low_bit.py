@@ -6,6 +6,7 @@ import textwrap
 
 import pytest
 import torch
+from pydantic import BaseModel
 from torch import nn
 
 import amct_pytorch as amct
@@ -359,6 +360,41 @@ class Negated(amct.BaseQuantizeModule):
 
     def forward(self, x):
         return -self.ori_module(x) if self.calibrated else self.ori_module(x)
+
+
+class Strength(BaseModel):
+    """Options without descriptions, and without a word on unknown keys."""
+
+    strength: float = 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"strenght": 1.0}, "algorithm.tuned.strenght: unknown key .did you mean 'strength'"),
+        ({"strength": "a"}, 'algorithm.tuned.strength is "a"; allowed: a valid number'),
+    ],
+)
+def test_options_of_a_registered_algorithm_are_checked(net, registry, options, message):
+    class Tuned(Negated):
+        Options = Strength
+
+    amct.algorithm_register("tuned", "Conv1d", Tuned)
+    with pytest.raises(AmctError, match=message):
+        amct.quantize(net, config(algorithm={"tuned": options}))
+    amct.quantize(net, config(algorithm={"tuned": {}}))
+    assert net.conv.quant_config["algorithm"] == {"tuned": {"strength": 0.5}}
+
+
+def test_a_registered_algorithm_is_not_told_to_be_uncalibrated_once_it_is(net, registry):
+    amct.algorithm_register("negated", "Conv1d", Negated, OneDeploy)
+    amct.quantize(net, config(algorithm="negated"))
+    assert "calibrating, not calibrated yet" in str(net.amct_ledger)
+    calibrate(net, 1)
+    amct.convert(net)
+    assert "conv: negated, weights int8 by channel, deployed, error not measured" in str(
+        net.amct_ledger
+    )
 
 
 def test_without_deploy_module_the_quantize_module_stays(net, registry, caplog):

@@ -48,7 +48,9 @@ def _problem(details: ErrorDetails, model: type[BaseModel], place: Place) -> str
     parts, field, owner = _walk(model, location)
     if kind == "extra_forbidden":
         return f"{place(parts)}: unknown key{_nearest_key(parts[-1], owner, model, location)}"
-    allowed = field.description if field and field.description else "an object"
+    allowed = field.description if field else "an object"
+    if allowed is None:  # an option of a registered algorithm: pydantic knows what it is to be
+        allowed = details["msg"].removeprefix("Input should be ")
     value = details["input"]
     if kind == "value_error":
         allowed = str(details["ctx"]["error"])

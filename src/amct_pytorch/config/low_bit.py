@@ -385,6 +385,13 @@ def _algorithm(
     model = algorithms[name]
     if model is None:
         return name, dict(options)
+    if model.model_config.get("extra") is None:
+        # pydantic lets unknown keys pass unless a model says otherwise.
+        for key in options:
+            if key not in model.model_fields:
+                nearest = did_you_mean(str(key), model.model_fields)
+                allowed = nearest or f"; allowed: {', '.join(model.model_fields)}"
+                problems.add(f"algorithm.{name}.{key}: unknown key{allowed}")
     checked = _validated(model, options, f"algorithm.{name}", problems)
     return name, checked.model_dump() if checked is not None else {}
 

@@ -267,7 +267,10 @@ class LowBitLinear(nn.Module):
 
     @property
     def kernel(self) -> str:
-        """What the last `forward` ran on: a kernel's name, or ``reference``."""
+        """What `forward` was last set up for: a kernel's name, or ``reference``.
+
+        A kernel may leave many tokens at once to the reference; it says so itself.
+        """
         return "reference" if self._kernel is None else self._kernel.name
 
     def codes(self) -> Tensor:

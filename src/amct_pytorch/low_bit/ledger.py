@@ -53,7 +53,7 @@ class LayerOutcome:
     def __str__(self) -> str:
         if self.status == "float":
             return f"{self.name}: {self.type} stays float: {self.reason}"
-        quality = "not calibrated yet"
+        quality = "not calibrated yet" if self.status == "calibrating" else "error not measured"
         if self.cosine is not None:
             decibel = "no error" if self.sqnr_db is None else f"{self.sqnr_db:.1f} dB"
             quality = f"{decibel}, {self.float_bytes} -> {self.stored_bytes} bytes"
