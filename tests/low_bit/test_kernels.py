@@ -15,14 +15,14 @@ BY_TOKEN = {"type": "int8", "symmetric": True, "strategy": "token"}
 BY_TENSOR = {"type": "int8", "symmetric": True, "strategy": "tensor"}
 
 
-def converted(weights, inputs=None, bias=True):
-    """A quantized layer of 64 outputs and 96 inputs."""
+def converted(weights, inputs=None, bias=True, columns=96):
+    """A quantized layer of 64 outputs."""
     torch.manual_seed(11)
-    net = nn.Sequential(nn.Linear(96, 64, bias=bias))
+    net = nn.Sequential(nn.Linear(columns, 64, bias=bias))
     blocks = {"weights": weights} | ({} if inputs is None else {"inputs": inputs})
     amct.quantize(net, {"quant_cfg": blocks, "algorithm": "minmax"})
     with torch.no_grad():
-        net(torch.randn(4, 96) + 0.3)
+        net(torch.randn(4, columns) + 0.3)
     amct.convert(net)
     return net[0]
 
@@ -102,6 +102,19 @@ def test_products_in_parts_are_exact(columns, ends):
     largest = max(abs(end) for end in ends) ** 2
     found = exact_linear(x.float(), weight.float(), largest)
     assert torch.equal(found.long(), x.long() @ weight.long().T)
+
+
+@pytest.mark.parametrize("columns", [96, 1100])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("inputs", [BY_TOKEN, BY_TENSOR], ids=["token", "tensor"])
+def test_autocast_does_not_change_integer_sums(inputs, dtype, columns):
+    layer = converted(INT8, inputs, columns=columns)
+    layer.backend = "reference"
+    x = torch.randn(3, columns)
+    wanted = layer(x)
+    with torch.autocast("cpu", dtype):
+        found = layer(x)
+    assert torch.equal(found, wanted)
 
 
 def test_slow_integer_products_are_left_to_float(monkeypatch):
