@@ -117,6 +117,19 @@ def test_autocast_does_not_change_integer_sums(inputs, dtype, columns):
     assert torch.equal(found, wanted)
 
 
+def test_speed_is_measured_on_the_device_of_the_layer(monkeypatch):
+    devices = set()
+
+    def product(a, b):
+        devices.update((a.device.type, b.device.type))
+        return a.int() @ b.int()
+
+    monkeypatch.setattr(kernels, "_int_mm", product)
+    with torch.device("meta"):
+        kernels._int_mm_is_fast.__wrapped__(torch.device("cpu"))
+    assert devices == {"cpu"}
+
+
 def test_slow_integer_products_are_left_to_float(monkeypatch):
     monkeypatch.setattr(kernels, "_int_mm_is_fast", lambda device: False)
     layer = converted(INT8, BY_TOKEN)

@@ -17,6 +17,7 @@ from amct_pytorch.low_bit import int4_layout
 from amct_pytorch.low_bit.reference import (
     buffers,
     divided,
+    exact_linear,
     reference_linear,
     scaled_sums,
     with_bias,
@@ -288,7 +289,7 @@ def _int_mm_is_fast(device: torch.device) -> bool:
     """Whether a product takes less time than the same in float32; always taken for so on GPUs."""
     if device.type != "cpu":
         return True
-    codes = torch.ones(TIMED_SIZE, TIMED_SIZE, dtype=torch.int8)
+    codes = torch.ones(TIMED_SIZE, TIMED_SIZE, dtype=torch.int8, device=device)
     floats = codes.float()
 
     def least(product: Callable[[], object]) -> float:
@@ -300,7 +301,7 @@ def _int_mm_is_fast(device: torch.device) -> bool:
         return min(times)
 
     # Both are exact: which one runs does not show in any result.
-    return least(lambda: _int_mm(codes, codes.t())) < least(lambda: floats @ floats.t())
+    return least(lambda: _int_mm(codes, codes.t())) < least(lambda: exact_linear(floats, floats, 1))
 
 
 def _bfloat16_tokens(layer: LowBitLinear, x: Tensor) -> Tensor:
