@@ -130,6 +130,27 @@ def test_speed_is_measured_on_the_device_of_the_layer(monkeypatch):
     assert devices == {"cpu"}
 
 
+@pytest.mark.parametrize(
+    "inputs",
+    [BY_TOKEN, BY_TENSOR, {**BY_TENSOR, "symmetric": False}],
+    ids=["token", "tensor", "tensor with offset"],
+)
+def test_sums_beyond_int32_are_right(integer_products, inputs):
+    columns = 140_000
+    net = nn.Sequential(nn.Linear(columns, 2)).eval()
+    with torch.no_grad():
+        net[0].weight.fill_(-1.0)
+        net[0].bias.fill_(2.0)
+        amct.quantize(
+            net, {"quant_cfg": {"weights": INT8, "inputs": inputs}, "algorithm": "minmax"}
+        )
+        x = torch.full((2, columns), -1.0)
+        wanted = net(x)
+        amct.convert(net)
+        assert torch.allclose(net(x), wanted)
+        assert net[0].spec.bias == ("float32" if inputs is BY_TOKEN else "int32")
+
+
 def test_slow_integer_products_are_left_to_float(monkeypatch):
     monkeypatch.setattr(kernels, "_int_mm_is_fast", lambda device: False)
     layer = converted(INT8, BY_TOKEN)

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 # Beyond this many tokens at once, dequantizing int8 weights for one float product is faster.
 FEW_TOKENS = 32
+LARGEST_INT32 = 2**31 - 1
+# Of an 8-bit code less its offset, and a symmetric one; an int32 holds the bias and all of them.
+LARGEST_PRODUCT = 255 * 128
 # Of the square matrices that are multiplied to see what is fast: about 1 ms each.
 TIMED_SIZE = 256
 # Of the operands of torch's weight-only kernels: they load whole vectors and end the process where
@@ -191,6 +194,7 @@ class IntegerProduct(Kernel):
         return (
             layer.spec.sums_integers
             and layer.spec.weight.symmetric
+            and layer.in_features * LARGEST_PRODUCT <= LARGEST_INT32
             and (x.device.type == "cpu" or (layer.in_features | layer.out_features) % 8 == 0)
             and _int_mm_is_exact(x.device)
             and _int_mm_is_fast(x.device)
