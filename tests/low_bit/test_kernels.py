@@ -5,10 +5,12 @@ import torch
 from torch import nn
 
 import amct_pytorch as amct
-from amct_pytorch.formats import FORMATS
+from amct_pytorch.formats import FORMATS, Granularity
 from amct_pytorch.low_bit import kernels
+from amct_pytorch.low_bit.deploy_linear import LowBitLinear
 from amct_pytorch.low_bit.kernels import BFLOAT16_TOLERANCE
 from amct_pytorch.low_bit.reference import exact_linear
+from amct_pytorch.low_bit.solution import InputQuantizer, LinearSolution, QuantizedTensor
 
 INT8 = {"type": "int8", "symmetric": True, "strategy": "channel"}
 BY_TOKEN = {"type": "int8", "symmetric": True, "strategy": "token"}
@@ -173,6 +175,25 @@ def test_an_integer_bias_leaves_room_for_the_sum(integer_products):
         wanted = net(x)
         amct.convert(net)
         assert torch.allclose(net(x), wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("fmt", [FORMATS["int8"], FORMATS["int4"]], ids=["int8", "int4"])
+@pytest.mark.parametrize("beyond", [-1, 1])
+def test_an_offset_beyond_its_format_is_refused(fmt, beyond):
+    end = fmt.qmin if beyond < 0 else fmt.qmax
+    codes, scale = torch.zeros(2, 8, dtype=torch.int8), torch.ones(2, 1)
+
+    def solution(of_weight, of_inputs):
+        offset = torch.tensor([[0], [of_weight]], dtype=torch.int32)
+        weight = QuantizedTensor(codes, scale, offset, fmt, Granularity("channel"))
+        offset = torch.tensor([of_inputs], dtype=torch.int32)
+        inputs = InputQuantizer(fmt, Granularity("tensor"), torch.ones(1), offset)
+        return LinearSolution(weight, inputs)
+
+    LowBitLinear.of(solution(end, end), None, torch.float32)
+    for which, offsets in (("weight", (end + beyond, 0)), ("inputs", (0, end + beyond))):
+        with pytest.raises(amct.AmctError, match=f"{which}: an offset is {end + beyond}; allowed"):
+            LowBitLinear.of(solution(*offsets), None, torch.float32)
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -165,8 +165,12 @@ class LowBitLinear(nn.Module):
             solution: what an algorithm found.
             bias: of the float layer, [N], or None.
             dtype: of the float layer's weight.
+
+        Raises:
+            ArgumentValueError: an offset is outside the range of its format.
         """
         weight, inputs = solution.weight, solution.inputs
+        solution.check_offsets()
         rows, columns = weight.codes.shape
         spec = LinearSpec(
             columns,
