@@ -540,6 +540,10 @@ def test_other_wrong_arguments_are_told(monkeypatch):
     monkeypatch.setattr(vague, "metric_eval", lambda original, new: True)
     with pytest.raises(ArgumentTypeError, match="metric_eval returned true; allowed"):
         search(vague)
+    with pytest.raises(ArgumentValueError, match=r"save_dir is .config\.json., a file that exists"):
+        amct.accuracy_based_auto_calibration(
+            network(), Evaluator(0.0), "config.json", "record.txt", "config.json", images(1)[0]
+        )
     assert not Path("record.txt").exists()
 
 

@@ -156,6 +156,26 @@ BAD = {
         ["quantize", "N", "--data", "S", "--mean", "1,2", "--std", "1"], 1,
         "error: --mean has 2 numbers; allowed: 1, or 3",
     ),
+    "size of part of a pixel": (
+        ["quantize", "N", "--data", "S", "--size", "8.5"], 1,
+        "--size is '8.5'; allowed: H or H,W, whole numbers",
+    ),
+    "size that is no number": (
+        ["quantize", "N", "--data", "S", "--size", "nan"], 1,
+        "--size is 'nan'; allowed: numbers separated by commas",
+    ),
+    "std that is no number": (
+        ["quantize", "N", "--data", "S", "--mean", "1", "--std", "1,inf,1"], 1,
+        "--std is '1,inf,1'; allowed: numbers separated by commas",
+    ),
+    "a file as a prefix": (
+        ["quantize", "N", "--data", "S", "--out", "J"], 1,
+        "--out is 'some.json', a file that exists; it must be a folder and a prefix",
+    ),
+    "unknown key of a config": (
+        ["quantize", "N", "--data", "S", "--config", "J"], 1,
+        "amct: error: --config: some.json: a: unknown key",
+    ),
     "no such module": (["quantize", "nonets:build", "--data", "S"], 1, "cannot be imported"),
     "too many batches": (
         ["quantize", "N", "--data", "S", "--batch-num", "9"], 1, "the data has 2 batches of 8",

@@ -5,24 +5,26 @@ import torch
 from torch import nn
 
 import amct_pytorch as amct
-from amct_pytorch.formats import FORMATS
+from amct_pytorch.formats import FORMATS, Granularity
 from amct_pytorch.low_bit import kernels
+from amct_pytorch.low_bit.deploy_linear import LowBitLinear
 from amct_pytorch.low_bit.kernels import BFLOAT16_TOLERANCE
 from amct_pytorch.low_bit.reference import exact_linear
+from amct_pytorch.low_bit.solution import InputQuantizer, LinearSolution, QuantizedTensor
 
 INT8 = {"type": "int8", "symmetric": True, "strategy": "channel"}
 BY_TOKEN = {"type": "int8", "symmetric": True, "strategy": "token"}
 BY_TENSOR = {"type": "int8", "symmetric": True, "strategy": "tensor"}
 
 
-def converted(weights, inputs=None, bias=True):
-    """A quantized layer of 64 outputs and 96 inputs."""
+def converted(weights, inputs=None, bias=True, columns=96):
+    """A quantized layer of 64 outputs."""
     torch.manual_seed(11)
-    net = nn.Sequential(nn.Linear(96, 64, bias=bias))
+    net = nn.Sequential(nn.Linear(columns, 64, bias=bias))
     blocks = {"weights": weights} | ({} if inputs is None else {"inputs": inputs})
     amct.quantize(net, {"quant_cfg": blocks, "algorithm": "minmax"})
     with torch.no_grad():
-        net(torch.randn(4, 96) + 0.3)
+        net(torch.randn(4, columns) + 0.3)
     amct.convert(net)
     return net[0]
 
@@ -104,6 +106,53 @@ def test_products_in_parts_are_exact(columns, ends):
     assert torch.equal(found.long(), x.long() @ weight.long().T)
 
 
+@pytest.mark.parametrize("columns", [96, 1100])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("inputs", [BY_TOKEN, BY_TENSOR], ids=["token", "tensor"])
+def test_autocast_does_not_change_integer_sums(inputs, dtype, columns):
+    layer = converted(INT8, inputs, columns=columns)
+    layer.backend = "reference"
+    x = torch.randn(3, columns)
+    wanted = layer(x)
+    with torch.autocast("cpu", dtype):
+        found = layer(x)
+    assert torch.equal(found, wanted)
+
+
+def test_speed_is_measured_on_the_device_of_the_layer(monkeypatch):
+    devices = set()
+
+    def product(a, b):
+        devices.update((a.device.type, b.device.type))
+        return a.int() @ b.int()
+
+    monkeypatch.setattr(kernels, "_int_mm", product)
+    with torch.device("meta"):
+        kernels._int_mm_is_fast.__wrapped__(torch.device("cpu"))
+    assert devices == {"cpu"}
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [BY_TOKEN, BY_TENSOR, {**BY_TENSOR, "symmetric": False}],
+    ids=["token", "tensor", "tensor with offset"],
+)
+def test_sums_beyond_int32_are_right(integer_products, inputs):
+    columns = 140_000
+    net = nn.Sequential(nn.Linear(columns, 2)).eval()
+    with torch.no_grad():
+        net[0].weight.fill_(-1.0)
+        net[0].bias.fill_(2.0)
+        amct.quantize(
+            net, {"quant_cfg": {"weights": INT8, "inputs": inputs}, "algorithm": "minmax"}
+        )
+        x = torch.full((2, columns), -1.0)
+        wanted = net(x)
+        amct.convert(net)
+        assert torch.allclose(net(x), wanted)
+        assert net[0].spec.bias == ("float32" if inputs is BY_TOKEN else "int32")
+
+
 def test_slow_integer_products_are_left_to_float(monkeypatch):
     monkeypatch.setattr(kernels, "_int_mm_is_fast", lambda device: False)
     layer = converted(INT8, BY_TOKEN)
@@ -126,6 +175,25 @@ def test_an_integer_bias_leaves_room_for_the_sum(integer_products):
         wanted = net(x)
         amct.convert(net)
         assert torch.allclose(net(x), wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("fmt", [FORMATS["int8"], FORMATS["int4"]], ids=["int8", "int4"])
+@pytest.mark.parametrize("beyond", [-1, 1])
+def test_an_offset_beyond_its_format_is_refused(fmt, beyond):
+    end = fmt.qmin if beyond < 0 else fmt.qmax
+    codes, scale = torch.zeros(2, 8, dtype=torch.int8), torch.ones(2, 1)
+
+    def solution(of_weight, of_inputs):
+        offset = torch.tensor([[0], [of_weight]], dtype=torch.int32)
+        weight = QuantizedTensor(codes, scale, offset, fmt, Granularity("channel"))
+        offset = torch.tensor([of_inputs], dtype=torch.int32)
+        inputs = InputQuantizer(fmt, Granularity("tensor"), torch.ones(1), offset)
+        return LinearSolution(weight, inputs)
+
+    LowBitLinear.of(solution(end, end), None, torch.float32)
+    for which, offsets in (("weight", (end + beyond, 0)), ("inputs", (0, end + beyond))):
+        with pytest.raises(amct.AmctError, match=f"{which}: an offset is {end + beyond}; allowed"):
+            LowBitLinear.of(solution(*offsets), None, torch.float32)
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -93,7 +94,6 @@ def preprocessing_of(data: dict[str, Any], inputs: list[InputSpec]) -> Preproces
     Raises:
         ArgumentValueError, FileMissingError, ConfigError: an option is wrong, or is missing.
     """
-
     from amct_pytorch.cli.images import preprocessing_from
     from amct_pytorch.errors import ArgumentValueError
 
@@ -103,10 +103,12 @@ def preprocessing_of(data: dict[str, Any], inputs: list[InputSpec]) -> Preproces
         if data[key] is not None:
             stated[key] = _floats(data[key], f"--{key}")
     if data["size"] is not None:
-        sizes = [int(value) for value in _floats(data["size"], "--size")]
-        if len(sizes) not in (1, 2):
-            raise ArgumentValueError(f"--size is {data['size']!r}; allowed: H or H,W")
-        stated["size"] = (sizes[0], sizes[-1])
+        sizes = _floats(data["size"], "--size")
+        if len(sizes) not in (1, 2) or not all(map(float.is_integer, sizes)):
+            raise ArgumentValueError(
+                f"--size is {data['size']!r}; allowed: H or H,W, whole numbers"
+            )
+        stated["size"] = (int(sizes[0]), int(sizes[-1]))
     if data["preprocessing_file"] is not None:
         return _of_options({**vars(preprocessing_from(data["preprocessing_file"])), **stated})
     if "mean" not in stated and "std" not in stated:
@@ -130,16 +132,16 @@ def _of_options(stated: dict[str, Any]) -> Preprocessing:
 
 @contextmanager
 def named_as(name: str, option: str) -> Iterator[None]:
-    """Errors about an argument that begin with its `name` begin with the option's instead."""
-    from amct_pytorch.errors import ArgumentValueError
+    """Errors that begin with the `name` of an argument or file begin with `option` instead."""
+    from amct_pytorch.errors import AmctError
 
     try:
         yield
-    except ArgumentValueError as error:
+    except AmctError as error:
         text = str(error)
         if not text.startswith((f"{name} ", f"{name}:", f"{name}.")):
             raise
-        raise ArgumentValueError(option + text.removeprefix(name)) from error
+        raise type(error)(option + text.removeprefix(name)) from error
 
 
 def _own_size(inputs: list[InputSpec], layout: str) -> tuple[int, int]:
@@ -159,11 +161,12 @@ def _floats(text: str, what: str) -> tuple[float, ...]:
     from amct_pytorch.errors import ArgumentValueError
 
     try:
-        return tuple(float(part) for part in text.split(","))
+        found = tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise ArgumentValueError(
-            f"{what} is {text!r}; allowed: numbers separated by commas"
-        ) from None
+        found = (math.nan,)
+    if not all(map(math.isfinite, found)):
+        raise ArgumentValueError(f"{what} is {text!r}; allowed: numbers separated by commas")
+    return found
 
 
 def opened(data: dict[str, Any], inputs: list[InputSpec]) -> tuple[Data, Preprocessing | None]:

@@ -16,7 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from amct_pytorch.cli.data import Data
-from amct_pytorch.cli.data_options import opened
+from amct_pytorch.cli.data_options import named_as, opened
 from amct_pytorch.cli.measure import Goals
 from amct_pytorch.cli.models import FloatModel, check_against_runtime, float_model
 from amct_pytorch.cli.qdq import qdq_path
@@ -85,7 +85,7 @@ def quantize(request: Request, note: Callable[[str], None]) -> Done:
         check_installed()
     model = float_model(request.model)
     save_path = request.out or Path(f"{model.name}_int8") / model.name
-    deploy = output_path(_text(save_path), "deploy")
+    deploy = output_path(_text(save_path), "deploy", "--out")
     data, preprocessing = opened(request.data, model.inputs)
     number = _batch_number(request, data)
     note(f"model: {request.model}")
@@ -205,7 +205,9 @@ class _Making:
         modified = self.path("modified_model.onnx")
         self._write_config(config, inputs)
         self._note("looking at the network, writing the float ONNX")
-        calibrated = self._calibration_model(config, modified, record, inputs)
+        given = self._request.config
+        with named_as(str(config), f"--config: {config.name if given is None else given}"):
+            calibrated = self._calibration_model(config, modified, record, inputs)
         # disable=None: a bar on a terminal only.
         batches = tqdm(range(self._number), "calibrating", unit="batch", disable=None, leave=False)
         with torch.no_grad():
@@ -244,7 +246,6 @@ class _Making:
         )
 
     def _write_config(self, config: Path, inputs: tuple[torch.Tensor, ...]) -> None:
-        from amct_pytorch.cli.data_options import named_as
         from amct_pytorch.flows.post_training import create_quant_config
 
         given = self._request.config

@@ -169,7 +169,7 @@ class _Files:
 
     @classmethod
     def of(cls, save_dir: PathLike) -> _Files:
-        folder = output_path(save_dir, "deploy").parent
+        folder = output_path(save_dir, "deploy", "save_dir").parent
         kinds = ("ranking_information", "final_config", "record")
         paths = [folder / f"{STEM}_{kind}.json" for kind in kinds]
         for path in paths:

@@ -19,7 +19,7 @@ from amct_pytorch.formats import (
     NumberFormat,
 )
 from amct_pytorch.formats.e8m0 import decode_scale, encode_scale
-from amct_pytorch.low_bit.kernels import KERNELS, Kernel
+from amct_pytorch.low_bit.kernels import KERNELS, LARGEST_INT32, LARGEST_PRODUCT, Kernel
 from amct_pytorch.low_bit.reference import reference_linear
 from amct_pytorch.low_bit.solution import InputQuantizer, LinearSolution, QuantizedTensor
 
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
     from amct_pytorch.low_bit.linear import LinearQuantizeModule
 
 BACKENDS = ("auto", "reference")
-LARGEST_INT32 = 2**31 - 1
-# Of an 8-bit code less its offset, and a symmetric one; an int32 holds the bias and all of them.
-LARGEST_PRODUCT = 255 * 128
 # Buffers that must stay as they are when the model is cast to another floating dtype.
 _FACTORS = ("scale", "divisor", "input_scale")
 
@@ -168,8 +165,12 @@ class LowBitLinear(nn.Module):
             solution: what an algorithm found.
             bias: of the float layer, [N], or None.
             dtype: of the float layer's weight.
+
+        Raises:
+            ArgumentValueError: an offset is outside the range of its format.
         """
         weight, inputs = solution.weight, solution.inputs
+        solution.check_offsets()
         rows, columns = weight.codes.shape
         spec = LinearSpec(
             columns,
@@ -201,8 +202,10 @@ class LowBitLinear(nn.Module):
             units = (
                 bias.detach().double() / (weight.scale.double().view(-1) * inputs.scale)
             ).round()
-            if bool(units.abs().max() > LARGEST_INT32 - columns * LARGEST_PRODUCT):
-                notes.append("the bias is beyond int32 in units of the scales; it stays float")
+            room = LARGEST_INT32 - columns * LARGEST_PRODUCT
+            # Sums that int32 may not hold are made in float64.
+            if bool(units.abs().max() > (room if room >= 0 else LARGEST_INT32)):
+                notes.append("sums with the bias may be beyond int32; the bias stays float")
             else:
                 buffers["bias"] = units.to(torch.int32)
                 spec = dataclasses.replace(spec, bias="int32")

@@ -17,6 +17,7 @@ from amct_pytorch.low_bit import int4_layout
 from amct_pytorch.low_bit.reference import (
     buffers,
     divided,
+    exact_linear,
     reference_linear,
     scaled_sums,
     with_bias,
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
 # Beyond this many tokens at once, dequantizing int8 weights for one float product is faster.
 FEW_TOKENS = 32
+LARGEST_INT32 = 2**31 - 1
+# Of an 8-bit code less its offset, and a symmetric one; an int32 holds the bias and all of them.
+LARGEST_PRODUCT = 255 * 128
 # Of the square matrices that are multiplied to see what is fast: about 1 ms each.
 TIMED_SIZE = 256
 # Of the operands of torch's weight-only kernels: they load whole vectors and end the process where
@@ -190,6 +194,7 @@ class IntegerProduct(Kernel):
         return (
             layer.spec.sums_integers
             and layer.spec.weight.symmetric
+            and layer.in_features * LARGEST_PRODUCT <= LARGEST_INT32
             and (x.device.type == "cpu" or (layer.in_features | layer.out_features) % 8 == 0)
             and _int_mm_is_exact(x.device)
             and _int_mm_is_fast(x.device)
@@ -288,7 +293,7 @@ def _int_mm_is_fast(device: torch.device) -> bool:
     """Whether a product takes less time than the same in float32; always taken for so on GPUs."""
     if device.type != "cpu":
         return True
-    codes = torch.ones(TIMED_SIZE, TIMED_SIZE, dtype=torch.int8)
+    codes = torch.ones(TIMED_SIZE, TIMED_SIZE, dtype=torch.int8, device=device)
     floats = codes.float()
 
     def least(product: Callable[[], object]) -> float:
@@ -300,7 +305,7 @@ def _int_mm_is_fast(device: torch.device) -> bool:
         return min(times)
 
     # Both are exact: which one runs does not show in any result.
-    return least(lambda: _int_mm(codes, codes.t())) < least(lambda: floats @ floats.t())
+    return least(lambda: _int_mm(codes, codes.t())) < least(lambda: exact_linear(floats, floats, 1))
 
 
 def _bfloat16_tokens(layer: LowBitLinear, x: Tensor) -> Tensor:

@@ -48,6 +48,9 @@ def reference_linear(layer: LowBitLinear, x: Tensor) -> Tensor:
 def exact_linear(x: Tensor, weight: Tensor, largest: int) -> Tensor:
     """x · weightᵀ of integers, exact: columns go in parts whose sums float32 holds.
 
+    Integers of 8 bits and their differences are exact in what devices may compute with in the
+    place of float32 (bfloat16, TF32), but sums are not exact in what autocast would choose.
+
     Args:
         x: integers in float32, [..., K].
         weight: integers in float32, [N, K].
@@ -56,6 +59,11 @@ def exact_linear(x: Tensor, weight: Tensor, largest: int) -> Tensor:
     Returns:
         [..., N]; float32 if that holds every sum, else float64.
     """
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        # Not by `without_autocast`, which torch.compile cannot trace.
+        with torch.autocast(device, enabled=False):
+            return exact_linear(x, weight, largest)
     columns, size = EXACT_IN_FLOAT32 // largest, x.shape[-1]
     if size <= columns:
         return linear(x, weight)

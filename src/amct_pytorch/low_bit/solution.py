@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from amct_pytorch.errors import ArgumentValueError
 from amct_pytorch.formats import (
     Granularity,
     IntFormat,
@@ -24,7 +25,8 @@ class QuantizedTensor:
     Attributes:
         codes: unpacked, of the format's code dtype, in the tensor's shape.
         scale: float32 of the granularity's `scales_shape`.
-        offset: int32 of the same shape; None for symmetric quantization.
+        offset: int32 of the same shape, within the format's range; None for symmetric
+            quantization.
         fmt: the number format.
         granularity: which elements share a scale.
     """
@@ -66,7 +68,7 @@ class InputQuantizer:
         fmt: the number format.
         granularity: kind tensor, token or group.
         scale: float32 [1]; None: computed from the data at hand, for each token or block.
-        offset: int32 [1]; None for symmetric quantization.
+        offset: int32 [1], within the format's range; None for symmetric quantization.
     """
 
     fmt: NumberFormat
@@ -124,3 +126,19 @@ class LinearSolution:
         """The weight that stands for the float layer's, float32 [N, K]."""
         weight = self.weight.dequantize()
         return weight if self.divisor is None else weight / self.divisor
+
+    def check_offsets(self) -> None:
+        """Whether offsets are integers of their formats: what stores them, and sums, rest on it.
+
+        Raises:
+            ArgumentValueError: one is not.
+        """
+        for what, part in (("weight", self.weight), ("inputs", self.inputs)):
+            if part is None or part.offset is None or not isinstance(part.fmt, IntFormat):
+                continue
+            low, high = part.fmt.qmin, part.fmt.qmax
+            for end in map(int, part.offset.aminmax()):
+                if not low <= end <= high:
+                    raise ArgumentValueError(
+                        f"{what}: an offset is {end}; allowed for {part.fmt.name}: {low} to {high}"
+                    )
