@@ -145,7 +145,20 @@ def test_images_without_a_stated_preprocessing_are_refused(amct, network):
     assert not list(Path().glob("*_int8"))
 
 
+NO_IMAGES = "only for images, and --data has npy files"
 BAD = {
+    "mean of arrays": (
+        ["quantize", "N", "--data", "S", "--mean", "127.5", "--std", "127.5"], 1,
+        f"error: --mean, --std: {NO_IMAGES}",
+    ),
+    "preprocessing of arrays": (
+        ["run", "N", "--data", "S", "--preprocessing", "P"], 1,
+        f"error: --preprocessing: {NO_IMAGES}",
+    ),
+    "crop of arrays": (
+        ["compare", "N", "N", "--data", "S", "--crop", "center", "--resize", "9"], 1,
+        f"error: --crop, --resize: {NO_IMAGES}",
+    ),
     "no model": (["quantize", "none.onnx", "--data", "S"], 1, "there is no file 'none.onnx'"),
     "no data": (["quantize", "N", "--data", "nowhere"], 1, "no folder or file 'nowhere'"),
     "no such layer": (
@@ -197,8 +210,10 @@ BAD = {
 def test_bad_input_is_one_line_and_an_exit_status_and_no_file(amct, network, samples, case):
     words, status, text = BAD[case]
     Path("some.json").write_text('{"a": 1}')
+    stated = {"size": [8, 8], "mean": [1], "std": [2]}
+    Path("p.json").write_text(json.dumps({"preprocessing": stated}))
     before = set(Path().rglob("*"))
-    paths = {"N": network, "S": samples, "J": "some.json"}
+    paths = {"N": network, "S": samples, "J": "some.json", "P": "p.json"}
     result = amct(*(paths.get(word, word) for word in words))
     assert result.exit_code == status
     assert text in result.output

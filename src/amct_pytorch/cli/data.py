@@ -114,6 +114,11 @@ class Data:
             )
 
     @property
+    def has_images(self) -> bool:
+        """Whether an input's samples are images."""
+        return any(column.kind == "image" for column in self._columns)
+
+    @property
     def files(self) -> list[Path]:
         """The files of the first input."""
         return self._columns[0].files
