@@ -145,6 +145,42 @@ def test_images_without_a_stated_preprocessing_are_refused(amct, network):
     assert not list(Path().glob("*_int8"))
 
 
+@pytest.mark.parametrize(
+    ("mean", "std", "told"),
+    [
+        ("0.485,0.456,0.406", "0.25", "that is mean 123.675,116.28,103.53 and std 63.75"),
+        ("-1", "1", "that is mean -255 and std 255"),
+        ("0", "1", None),
+        ("0", "255", None),
+        ("1.5", "1", None),
+    ],
+)
+def test_mean_and_std_of_another_range_of_pixels_are_doubted_once(
+    amct, network, caplog, mean, std, told
+):
+    Path("photos").mkdir()
+    for i in range(9):
+        Image.new("RGB", (9, 9)).save(f"photos/{i}.png")
+    result = amct("run", network, "--data", "photos", f"--mean={mean}", "--std", std)
+    assert result.exit_code == 0, result.output
+    doubts = [line for line in caplog.messages if "look like those of pixel values" in line]
+    assert len(doubts) == (told is not None)
+    assert told is None or told in doubts[0]
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int64", "float64", "float32"])
+def test_integers_for_a_float_input_are_told_once(amct, network, caplog, dtype):
+    Path("values").mkdir()
+    for i in range(9):
+        np.save(f"values/{i}.npy", np.ones((2, 3, 8, 8), dtype))
+    assert amct("run", network, "--data", "values").exit_code == 0
+    found = [line for line in caplog.messages if "taken as they are" in line]
+    name = str(Path("values/0.npy"))
+    told = f"--data: {name!r} holds {dtype} and input 'image' takes float32: the numbers are"
+    assert len(found) == ("int" in dtype)
+    assert all(line.startswith(told) for line in found)
+
+
 NO_IMAGES = "only for images, and --data has npy files"
 BAD = {
     "mean of arrays": (

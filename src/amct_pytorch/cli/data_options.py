@@ -181,6 +181,7 @@ def opened(data: dict[str, Any], inputs: list[InputSpec]) -> tuple[Data, Preproc
     """
     from amct_pytorch.auto_calibration.model_evaluator import parse_dtypes, parse_shapes
     from amct_pytorch.cli.data import Data, DataOptions
+    from amct_pytorch.logs import logger
 
     stated = preprocessing_of(data, inputs)
     shapes = dict(parse_shapes(data["bin_shapes"], "--shape")) if data["bin_shapes"] else {}
@@ -192,9 +193,11 @@ def opened(data: dict[str, Any], inputs: list[InputSpec]) -> tuple[Data, Preproc
         found = parse_dtypes(data["bin_dtypes"], "--dtype")
         dtypes = {"": found[0]} if len(found) == 1 else dict(zip(names, found, strict=False))
     options = DataOptions(tuple(data["sources"]), stated, shapes, dtypes, data["batch_size"])
-    found = Data(inputs, options)
-    _check_images(data, found)
-    return found, stated
+    samples = Data(inputs, options)
+    _check_images(data, samples)
+    if stated is not None and stated.doubt is not None:
+        logger.warning("%s", stated.doubt)
+    return samples, stated
 
 
 def _check_images(data: dict[str, Any], found: Data) -> None:
