@@ -237,8 +237,28 @@ BAD = {
         "--skip cannot go with --config",
     ),
     "unknown file": (["inspect", "S"], 1, "none of the files that amct knows"),
-    "JSON as a model": (["quantize", "J", "--data", "S"], 1, "is not a readable ONNX model"),
-    "no ledger": (["report", "N"], 1, "not UTF-8"),
+    "JSON as a model": (
+        ["quantize", "J", "--data", "S"], 1, "MODEL: 'some.json' is JSON, not an ONNX model",
+    ),
+    "config as a model": (
+        ["quantize", "C", "--data", "S"], 1,
+        "error: MODEL: 'c.json' is a calibration config (create_quant_config), not an ONNX model",
+    ),
+    "record as a model": (
+        ["compare", "N", "R", "--data", "S"], 1,
+        "error: QUANT: 'record.txt' is a record of factors, not an ONNX model",
+    ),
+    "config as a deploy model": (
+        ["qdq", "C"], 1,
+        "error: DEPLOY: 'c.json' is a calibration config (create_quant_config), not a deploy model",
+    ),
+    "float model as a deploy model": (["qdq", "N"], 1, "no layer of the model is quantized"),
+    "text as a model": (["run", "T", "--data", "S"], 1, "not a readable ONNX model: it is text"),
+    "no ledger": (["report", "N"], 1, "net.onnx' is a float ONNX model, not a ledger"),
+    "record as a ledger": (
+        ["report", "R"], 1, "error: LEDGER: 'record.txt' is a record of factors, not a ledger",
+    ),
+    "text as a ledger": (["report", "T"], 1, "some.txt is no ledger: it is not JSON"),
 }  # fmt: skip
 
 
@@ -248,8 +268,14 @@ def test_bad_input_is_one_line_and_an_exit_status_and_no_file(amct, network, sam
     Path("some.json").write_text('{"a": 1}')
     stated = {"size": [8, 8], "mean": [1], "std": [2]}
     Path("p.json").write_text(json.dumps({"preprocessing": stated}))
+    Path("some.txt").write_text("hello")
+    Path("record.txt").write_text('record { key: "a" value { scale_d: 1 } }')
+    Path("c.json").write_text('{"activation_offset": true}')
     before = set(Path().rglob("*"))
-    paths = {"N": network, "S": samples, "J": "some.json", "P": "p.json"}
+    paths = {
+        "N": network, "S": samples, "J": "some.json", "P": "p.json", "T": "some.txt",
+        "R": "record.txt", "C": "c.json",
+    }  # fmt: skip
     result = amct(*(paths.get(word, word) for word in words))
     assert result.exit_code == status
     assert text in result.output
