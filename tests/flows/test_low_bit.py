@@ -286,6 +286,18 @@ def test_wrong_models_are_told(net):
     assert type(net.layers[0].up) is nn.Linear
 
 
+@pytest.mark.parametrize(
+    "again", [None, config(), config(quant_cfg={**W8, "layers.*.weights": None})]
+)
+def test_a_converted_model_is_told(net, again):
+    amct.quantize(net, config())
+    calibrate(net)
+    amct.convert(net)
+    told = "converted already: layers.0.up, layers.0.down, layers.1.up and 2 more layers; quantize"
+    with pytest.raises(ModelError, match=told):
+        amct.quantize(net, again)
+
+
 def test_integer_layers_are_left_with_the_reason(net):
     net.lm_head.weight = nn.Parameter(net.lm_head.weight.to(torch.float64))
     net.lm_head.bias = nn.Parameter(net.lm_head.bias.to(torch.float64))

@@ -78,7 +78,7 @@ def quantize(model: nn.Module, config: Mapping[str, Any] | None = None) -> None:
         ArgumentTypeError: `model` is not a module or `config` not a dict.
         ConfigError: the config is wrong, asks for what is not allowed together or does not fit
             the layers, or no layer is left to quantize.
-        ModelError: the model is quantized already, is itself the layer to replace, or holds
+        ModelError: the model is quantized or converted already, is itself the layer to replace, or holds
             weights that are NaN, infinite or not loaded.
     """
     start_logging(to_file=False)
@@ -199,9 +199,10 @@ def _plan(
         outcome.weights = _told(request.weights)
         outcome.inputs = None if request.inputs is None else _told(request.inputs)
         requests[name] = (algorithm, request)
+    if not requests:
+        _check_not_converted(model)
     for text, names in refused.items():
-        more = f" and {len(names) - 3} more layers" if len(names) > 3 else ""
-        problems.add(f"{', '.join(names[:3])}{more}: {text}")
+        problems.add(f"{_first_of(names)}: {text}")
     _check_names(config, [layer.name for layer in ledger.layers], problems)
     problems.raise_if_any()
     if not requests:
@@ -210,6 +211,26 @@ def _plan(
             + ("\n  ".join(map(str, ledger.layers[:10])) or "the model has no layer with weights")
         )
     return ledger, requests
+
+
+def _check_not_converted(model: nn.Module) -> None:
+    """Raises ModelError for a model that `convert` has been through."""
+    # A class of torch's own may be an algorithm's deploy module too, and tells nothing.
+    made = {
+        algorithm.deploy_op
+        for algorithm in REGISTRY
+        if algorithm.deploy_op and not algorithm.deploy_op.__module__.startswith("torch.")
+    }
+    converted = [name or "itself" for name, module in model.named_modules() if type(module) in made]
+    if converted:
+        raise ModelError(
+            f"the model is converted already: {_first_of(converted)}; quantize the float model"
+        )
+
+
+def _first_of(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more layers" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more}"
 
 
 def _reason_to_leave(
