@@ -223,7 +223,9 @@ BAD = {
     "dynamic": ("quant_cfg", {**W8, "inputs": {"type": "int8", "dynamic": True}},
                 "dynamic true only with strategy \"token\""),
     "override": ("quant_cfg", {**W8, "layer.*.weights": {"type": "int4"}},
-                 r"quant_cfg.layer.\*.weights: no layer has such a name"),
+                 r"quant_cfg.layer.\*.weights: no layer has such a name .did you mean 'layers.\*'"),
+    "override of one layer": ("quant_cfg", {**W8, "layers.0.ups.weights": {"type": "int4"}},
+                              "no layer has such a name .did you mean 'layers.0.up'"),
     "combination": (
         "quant_cfg", {"weights": {"type": "int8", "symmetric": False}, "inputs": {"type": "int8"}},
         "not allowed together: Linear: weights int8 .channel, asymmetric.*(.|\n)*allowed:(.|\n)*"
@@ -234,6 +236,12 @@ BAD = {
     "option": ("algorithm", {"awq": {"grid_num": 3}},
                "algorithm.awq.grid_num.*did you mean 'grids_num'"),
     "option value": ("algorithm", {"awq": {"grids_num": 0}}, "algorithm.awq.grids_num is 0"),
+    "option of none": ("algorithm", {"minmax": {"foo": 1, "bar": 2}},
+                       'algorithm.minmax has no options; given: "foo", "bar"'),
+    "option text": ("algorithm", {"gptq": {"damping": "x"}},
+                    r'gptq.damping is "x"; allowed: a number in \[0, 1\], default 0.01'),
+    "option above": ("algorithm", {"gptq": {"sweeps": 101}},
+                     r"gptq.sweeps is 101; allowed: an integer in \[0, 100\], default 1"),
     "options": ("algorithm", {"minmax": 3}, "algorithm.minmax is 3; allowed: a dict of options"),
     "skip_layers": ("skip_layers", 3, "skip_layers is 3; allowed: a str"),
     "skip all": ("skip_layers", [""], "skip_layers has the entry ..; allowed: parts of"),

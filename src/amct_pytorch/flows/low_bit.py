@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -78,8 +78,8 @@ def quantize(model: nn.Module, config: Mapping[str, Any] | None = None) -> None:
         ArgumentTypeError: `model` is not a module or `config` not a dict.
         ConfigError: the config is wrong, asks for what is not allowed together or does not fit
             the layers, or no layer is left to quantize.
-        ModelError: the model is quantized or converted already, is itself the layer to replace, or holds
-            weights that are NaN, infinite or not loaded.
+        ModelError: the model is quantized or converted already, is itself the layer to replace,
+            or holds weights that are NaN, infinite or not loaded.
     """
     start_logging(to_file=False)
     _check_model(model)
@@ -322,14 +322,21 @@ def _check_names(config: LowBitConfig, names: list[str], problems: ProblemList) 
     """Notes globs, and warns of skipped names, that are no layer's."""
     for override in config.overrides:
         if not any(override.matches(name) for name in names):
+            near = [*names, *(f"{part}.*" for name in names for part in _prefixes(name))]
             problems.add(
                 f"quant_cfg.{override.key}: no layer has such a name"
-                f"{did_you_mean(override.pattern, names)}"
+                f"{did_you_mean(override.pattern, near)}"
             )
     for part in config.skip_layers:
         if not any(part in name for name in names):
             hint = did_you_mean(part, [*names, *(name.split(".")[-1] for name in names)])
             logger.warning("skip_layers: no layer's name contains %r%s", part, hint)
+
+
+def _prefixes(name: str) -> Iterator[str]:
+    """``a.b.c``: ``a`` and ``a.b``."""
+    parts = name.split(".")
+    return (".".join(parts[:n]) for n in range(1, len(parts)))
 
 
 def _told(block: Any) -> str:
