@@ -276,6 +276,18 @@ def test_skip_layers_that_match_nothing_are_told(net, caplog):
     assert "no layer's name contains 'lm_heads' (did you mean 'lm_head'?)" in caplog.text
 
 
+@pytest.mark.parametrize("preset", [None, "INT4_AWQ_WEIGHT_QUANT_CFG"])
+@pytest.mark.parametrize("own", [False, True])
+def test_what_a_preset_skips_is_told_only_where_the_config_is_the_users(caplog, preset, own):
+    caplog.set_level(logging.WARNING, "amct_pytorch")
+    net = nn.Sequential(nn.Linear(64, 64)).eval()
+    given = None if preset is None else getattr(amct, preset)
+    if own:
+        given = {**(given or amct.INT8_MINMAX_WEIGHT_QUANT_CFG), "batch_num": 3}
+    amct.quantize(net, given)
+    assert ("no layer's name contains 'lm_head'" in caplog.text) == own
+
+
 def test_wrong_models_are_told(net):
     with pytest.raises(ArgumentTypeError, match="model is of type dict"):
         amct.quantize({}, config())

@@ -87,7 +87,8 @@ def quantize(model: nn.Module, config: Mapping[str, Any] | None = None) -> None:
     parsed = parse_low_bit_config(raw, REGISTRY.options())
     if any(isinstance(module, BaseQuantizeModule) for module in model.modules()):
         raise ModelError("the model has quantize modules already; calibrate and convert it")
-    ledger, requests = _plan(model, parsed)
+    # What a preset skips is nobody's slip of the pen.
+    ledger, requests = _plan(model, parsed, skips_are_own=raw not in PRESETS.values())
     if model.training:
         logger.warning("the model is in training mode: dropout acts in calibration; call eval()")
     replacements: dict[nn.Module, nn.Module] = {}
@@ -175,7 +176,7 @@ def _algorithm_of(module: BaseQuantizeModule) -> Algorithm | None:
 
 
 def _plan(
-    model: nn.Module, config: LowBitConfig
+    model: nn.Module, config: LowBitConfig, *, skips_are_own: bool
 ) -> tuple[LowBitLedger, dict[str, tuple[Algorithm, LayerRequest]]]:
     """What happens to each layer, before anything is changed."""
     ledger = LowBitLedger()
@@ -203,7 +204,7 @@ def _plan(
         _check_not_converted(model)
     for text, names in refused.items():
         problems.add(f"{_first_of(names)}: {text}")
-    _check_names(config, [layer.name for layer in ledger.layers], problems)
+    _check_names(config, [layer.name for layer in ledger.layers], problems, skips_are_own)
     problems.raise_if_any()
     if not requests:
         raise ConfigError(
@@ -318,7 +319,9 @@ def _limits_elsewhere(row: Row, shape: torch.Size) -> list[str]:
     return [f"runs here, but Ascend's packed kernel needs {' and '.join(limits)}"] if limits else []
 
 
-def _check_names(config: LowBitConfig, names: list[str], problems: ProblemList) -> None:
+def _check_names(
+    config: LowBitConfig, names: list[str], problems: ProblemList, skips_are_own: bool
+) -> None:
     """Notes globs, and warns of skipped names, that are no layer's."""
     for override in config.overrides:
         if not any(override.matches(name) for name in names):
@@ -327,7 +330,7 @@ def _check_names(config: LowBitConfig, names: list[str], problems: ProblemList) 
                 f"quant_cfg.{override.key}: no layer has such a name"
                 f"{did_you_mean(override.pattern, near)}"
             )
-    for part in config.skip_layers:
+    for part in config.skip_layers if skips_are_own else ():
         if not any(part in name for name in names):
             hint = did_you_mean(part, [*names, *(name.split(".")[-1] for name in names)])
             logger.warning("skip_layers: no layer's name contains %r%s", part, hint)
