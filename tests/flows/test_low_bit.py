@@ -219,7 +219,8 @@ BAD = {
         "group_size 32, the block of mx formats"),
     "group_size K": (
         "quant_cfg", {"weights": {"type": "int4", "strategy": "group", "group_size": 64}},
-        r"group_size is 64 for layer layers.0.up; allowed: a multiple of 32 in \[32, 63\]"),
+        r"layers.0.up, layers.1.up, lm_head: weights.group_size is 64; allowed with 64 inputs: a "
+        r"multiple of 32 in \[32, 63\]"),
     "dynamic": ("quant_cfg", {**W8, "inputs": {"type": "int8", "dynamic": True}},
                 "dynamic true only with strategy \"token\""),
     "override": ("quant_cfg", {**W8, "layer.*.weights": {"type": "int4"}},
@@ -489,6 +490,31 @@ def test_a_refused_combination_is_told_once_with_its_layers_and_what_is_allowed(
     assert text.count("not allowed together") == 1
     assert "layers.0.up, layers.0.down, layers.1.up and 2 more layers: not allowed" in text
     assert "inputs int8 (token, symmetric); by minmax, smoothquant" in text
+
+
+def test_layers_too_narrow_for_a_group_are_told_by_their_width():
+    widths = (32, 96, 32, 96, 32, 32, 200)
+    net = nn.Sequential(*(nn.Linear(width, 8) for width in widths))
+    weights = {"type": "int4", "strategy": "group", "group_size": 128}
+    with pytest.raises(ConfigError) as caught:
+        amct.quantize(net, config(quant_cfg={"weights": weights}))
+    first, *lines = str(caught.value).splitlines()
+    assert first == "config: 2 problems"
+    assert [line.partition(". Give")[0].strip() for line in lines] == [
+        "0, 2, 4 and 1 more layer: weights.group_size is 128; allowed with 32 inputs: no groups",
+        "1, 3: weights.group_size is 128; allowed with 96 inputs: a multiple of 32 in [32, 95]",
+    ]
+
+
+def test_an_override_inherits_nothing_and_a_last_group_may_be_shorter():
+    net = nn.Sequential(nn.Linear(100, 8), nn.Linear(8, 8))
+    base = {"type": "int4", "strategy": "group", "group_size": 64, "symmetric": False}
+    amct.quantize(net, config(quant_cfg={"weights": base, "1.weights": {"type": "int8"}}))
+    with torch.no_grad():
+        net(torch.randn(4, 100))
+    amct.convert(net)
+    assert net[0].scale.shape == (8, 2)
+    assert net[1].spec.weight.symmetric and net[1].scale.shape == (8, 1)
 
 
 def test_attributes_of_the_base_class_are_none_until_set():

@@ -195,7 +195,7 @@ def _plan(
         outcome.reason = _reason_to_leave(module, name, algorithm, request, config)
         if outcome.reason is not None or algorithm is None or request is None:
             continue
-        _check_layer(module, name, algorithm, request, outcome, problems, refused)
+        _check_layer(module, name, algorithm, request, outcome, refused)
         outcome.status, outcome.algorithm = "calibrating", algorithm.name
         outcome.weights = _told(request.weights)
         outcome.inputs = None if request.inputs is None else _told(request.inputs)
@@ -230,8 +230,9 @@ def _check_not_converted(model: nn.Module) -> None:
 
 
 def _first_of(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more layers" if len(names) > 3 else ""
-    return f"{', '.join(names[:3])}{more}"
+    more = len(names) - 3
+    rest = f" and {more} more layer{'s' * (more > 1)}" if more > 0 else ""
+    return f"{', '.join(names[:3])}{rest}"
 
 
 def _reason_to_leave(
@@ -263,12 +264,12 @@ def _check_layer(
     algorithm: Algorithm,
     request: LayerRequest,
     outcome: LayerOutcome,
-    problems: ProblemList,
     refused: dict[str, list[str]],
 ) -> None:
     """Raises or notes whatever keeps a layer from being quantized as asked.
 
-    Combinations that are not allowed go to `refused`: the text, and the layers it is for.
+    What the config asks and the layer cannot have goes to `refused`: the text, and the layers it
+    is for.
     """
     if not name:
         raise ModelError(
@@ -287,11 +288,7 @@ def _check_layer(
         columns = weight[0].numel()
         size = request.weights.group_size
         if size is not None and size >= columns and not request.weights.type.startswith("mx"):
-            problems.add(
-                f"quant_cfg: weights.group_size is {size} for layer {name}; allowed: a multiple "
-                f"of 32 in [32, {columns - 1}] (K - 1). Give the layer a block of its own, "
-                f"'{name}.weights', or add it to skip_layers"
-            )
+            refused.setdefault(_too_large(size, columns), []).append(name)
     if algorithm.built_in:
         row = find_row(request.combination(algorithm.src_op))
         if row is None:
@@ -300,6 +297,14 @@ def _check_layer(
             outcome.notes.extend(_limits_elsewhere(row, weight.shape))
     if module._forward_hooks or module._forward_pre_hooks:
         outcome.notes.append("its forward hooks do not run any more after calibration")
+
+
+def _too_large(group_size: int, columns: int) -> str:
+    allowed = f"a multiple of 32 in [32, {columns - 1}]" if columns > 32 else "no groups"
+    return (
+        f"weights.group_size is {group_size}; allowed with {columns} inputs: {allowed}. Give such "
+        "layers a block of their own, 'NAME.weights', or add them to skip_layers"
+    )
 
 
 def _not_allowed(request: LayerRequest, algorithm: Algorithm) -> str:
