@@ -2,6 +2,8 @@
 
 import copy
 import logging
+import subprocess
+import sys
 import textwrap
 
 import pytest
@@ -457,6 +459,19 @@ def test_a_name_registered_again_is_overridden_with_a_warning(net, registry, cap
     assert "algorithm 'minmax' for Linear was MinMaxLinear and is now Negated" in caplog.text
     amct.quantize(net, config())
     assert type(net.lm_head) is Negated
+
+
+def test_a_registration_before_any_flow_is_logged_like_everything_else():
+    script = (
+        "import logging, amct_pytorch as amct\n"
+        "assert not logging.getLogger('amct_pytorch').handlers\n"
+        "class Own(amct.BaseQuantizeModule): pass\n"
+        "amct.algorithm_register('minmax', 'Linear', Own)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True
+    )
+    assert "WARNING [amct_pytorch] algorithm 'minmax' for Linear was" in done.stderr
 
 
 class OneDeploy(nn.Module):

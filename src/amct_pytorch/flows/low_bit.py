@@ -58,6 +58,7 @@ def algorithm_register(
         ArgumentTypeError: an argument has another type.
         ArgumentValueError: a name is empty.
     """
+    start_logging(to_file=False)
     REGISTRY.register(name, src_op, quant_op, deploy_op)
 
 
@@ -357,4 +358,4 @@ def _bytes_of(module: nn.Module) -> int:
 
 
 for _name, _src_op, _quant_op, _deploy_op in BUILT_IN:
-    algorithm_register(_name, _src_op, _quant_op, _deploy_op)
+    REGISTRY.register(_name, _src_op, _quant_op, _deploy_op)  # an import starts no logging
