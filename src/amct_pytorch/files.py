@@ -294,6 +294,26 @@ def read_text(path: PathLike, what: str, *, error: type[AmctError] = ConfigError
         raise error(f"{checked}: line {line}: not UTF-8 text ({caught.reason})") from None
 
 
+def text_kind(head: bytes) -> str | None:
+    """Which text a file seems to hold, by its first bytes.
+
+    Args:
+        head: as many as are at hand; the last letter may be cut.
+
+    Returns:
+        ``JSON`` (an object or a list), ``text`` (any other), or None: it is no text.
+    """
+    try:
+        text = head.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        if error.start < len(head) - 4:
+            return None
+        text = head[: error.start].decode("utf-8-sig")
+    if not all(letter.isprintable() or letter in "\n\r\t" for letter in text):
+        return None
+    return "JSON" if text.lstrip()[:1] in ("{", "[") else "text"
+
+
 def check_distinct(**paths: PathLike) -> None:
     """Checks that arguments name different files, links followed.
 

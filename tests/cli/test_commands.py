@@ -145,7 +145,56 @@ def test_images_without_a_stated_preprocessing_are_refused(amct, network):
     assert not list(Path().glob("*_int8"))
 
 
+@pytest.mark.parametrize(
+    ("mean", "std", "told"),
+    [
+        ("0.485,0.456,0.406", "0.25", "that is mean 123.675,116.28,103.53 and std 63.75"),
+        ("-1", "1", "that is mean -255 and std 255"),
+        ("0", "1", None),
+        ("0", "255", None),
+        ("1.5", "1", None),
+    ],
+)
+def test_mean_and_std_of_another_range_of_pixels_are_doubted_once(
+    amct, network, caplog, mean, std, told
+):
+    Path("photos").mkdir()
+    for i in range(9):
+        Image.new("RGB", (9, 9)).save(f"photos/{i}.png")
+    result = amct("run", network, "--data", "photos", f"--mean={mean}", "--std", std)
+    assert result.exit_code == 0, result.output
+    doubts = [line for line in caplog.messages if "look like those of pixel values" in line]
+    assert len(doubts) == (told is not None)
+    assert told is None or told in doubts[0]
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int64", "float64", "float32"])
+def test_integers_for_a_float_input_are_told_once(amct, network, caplog, dtype):
+    Path("values").mkdir()
+    for i in range(9):
+        np.save(f"values/{i}.npy", np.ones((2, 3, 8, 8), dtype))
+    assert amct("run", network, "--data", "values").exit_code == 0
+    found = [line for line in caplog.messages if "taken as they are" in line]
+    name = str(Path("values/0.npy"))
+    told = f"--data: {name!r} holds {dtype} and input 'image' takes float32: the numbers are"
+    assert len(found) == ("int" in dtype)
+    assert all(line.startswith(told) for line in found)
+
+
+NO_IMAGES = "only for images, and --data has npy files"
 BAD = {
+    "mean of arrays": (
+        ["quantize", "N", "--data", "S", "--mean", "127.5", "--std", "127.5"], 1,
+        f"error: --mean, --std: {NO_IMAGES}",
+    ),
+    "preprocessing of arrays": (
+        ["run", "N", "--data", "S", "--preprocessing", "P"], 1,
+        f"error: --preprocessing: {NO_IMAGES}",
+    ),
+    "crop of arrays": (
+        ["compare", "N", "N", "--data", "S", "--crop", "center", "--resize", "9"], 1,
+        f"error: --crop, --resize: {NO_IMAGES}",
+    ),
     "no model": (["quantize", "none.onnx", "--data", "S"], 1, "there is no file 'none.onnx'"),
     "no data": (["quantize", "N", "--data", "nowhere"], 1, "no folder or file 'nowhere'"),
     "no such layer": (
@@ -188,8 +237,28 @@ BAD = {
         "--skip cannot go with --config",
     ),
     "unknown file": (["inspect", "S"], 1, "none of the files that amct knows"),
-    "JSON as a model": (["quantize", "J", "--data", "S"], 1, "is not a readable ONNX model"),
-    "no ledger": (["report", "N"], 1, "not UTF-8"),
+    "JSON as a model": (
+        ["quantize", "J", "--data", "S"], 1, "MODEL: 'some.json' is JSON, not an ONNX model",
+    ),
+    "config as a model": (
+        ["quantize", "C", "--data", "S"], 1,
+        "error: MODEL: 'c.json' is a calibration config (create_quant_config), not an ONNX model",
+    ),
+    "record as a model": (
+        ["compare", "N", "R", "--data", "S"], 1,
+        "error: QUANT: 'record.txt' is a record of factors, not an ONNX model",
+    ),
+    "config as a deploy model": (
+        ["qdq", "C"], 1,
+        "error: DEPLOY: 'c.json' is a calibration config (create_quant_config), not a deploy model",
+    ),
+    "float model as a deploy model": (["qdq", "N"], 1, "no layer of the model is quantized"),
+    "text as a model": (["run", "T", "--data", "S"], 1, "not a readable ONNX model: it is text"),
+    "no ledger": (["report", "N"], 1, "net.onnx' is a float ONNX model, not a ledger"),
+    "record as a ledger": (
+        ["report", "R"], 1, "error: LEDGER: 'record.txt' is a record of factors, not a ledger",
+    ),
+    "text as a ledger": (["report", "T"], 1, "some.txt is no ledger: it is not JSON"),
 }  # fmt: skip
 
 
@@ -197,8 +266,16 @@ BAD = {
 def test_bad_input_is_one_line_and_an_exit_status_and_no_file(amct, network, samples, case):
     words, status, text = BAD[case]
     Path("some.json").write_text('{"a": 1}')
+    stated = {"size": [8, 8], "mean": [1], "std": [2]}
+    Path("p.json").write_text(json.dumps({"preprocessing": stated}))
+    Path("some.txt").write_text("hello")
+    Path("record.txt").write_text('record { key: "a" value { scale_d: 1 } }')
+    Path("c.json").write_text('{"activation_offset": true}')
     before = set(Path().rglob("*"))
-    paths = {"N": network, "S": samples, "J": "some.json"}
+    paths = {
+        "N": network, "S": samples, "J": "some.json", "P": "p.json", "T": "some.txt",
+        "R": "record.txt", "C": "c.json",
+    }  # fmt: skip
     result = amct(*(paths.get(word, word) for word in words))
     assert result.exit_code == status
     assert text in result.output

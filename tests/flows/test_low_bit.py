@@ -2,6 +2,8 @@
 
 import copy
 import logging
+import subprocess
+import sys
 import textwrap
 
 import pytest
@@ -219,11 +221,14 @@ BAD = {
         "group_size 32, the block of mx formats"),
     "group_size K": (
         "quant_cfg", {"weights": {"type": "int4", "strategy": "group", "group_size": 64}},
-        r"group_size is 64 for layer layers.0.up; allowed: a multiple of 32 in \[32, 63\]"),
+        r"layers.0.up, layers.1.up, lm_head: weights.group_size is 64; allowed with 64 inputs: a "
+        r"multiple of 32 in \[32, 63\]"),
     "dynamic": ("quant_cfg", {**W8, "inputs": {"type": "int8", "dynamic": True}},
                 "dynamic true only with strategy \"token\""),
     "override": ("quant_cfg", {**W8, "layer.*.weights": {"type": "int4"}},
-                 r"quant_cfg.layer.\*.weights: no layer has such a name"),
+                 r"quant_cfg.layer.\*.weights: no layer has such a name .did you mean 'layers.\*'"),
+    "override of one layer": ("quant_cfg", {**W8, "layers.0.ups.weights": {"type": "int4"}},
+                              "no layer has such a name .did you mean 'layers.0.up'"),
     "combination": (
         "quant_cfg", {"weights": {"type": "int8", "symmetric": False}, "inputs": {"type": "int8"}},
         "not allowed together: Linear: weights int8 .channel, asymmetric.*(.|\n)*allowed:(.|\n)*"
@@ -234,6 +239,12 @@ BAD = {
     "option": ("algorithm", {"awq": {"grid_num": 3}},
                "algorithm.awq.grid_num.*did you mean 'grids_num'"),
     "option value": ("algorithm", {"awq": {"grids_num": 0}}, "algorithm.awq.grids_num is 0"),
+    "option of none": ("algorithm", {"minmax": {"foo": 1, "bar": 2}},
+                       'algorithm.minmax has no options; given: "foo", "bar"'),
+    "option text": ("algorithm", {"gptq": {"damping": "x"}},
+                    r'gptq.damping is "x"; allowed: a number in \[0, 1\], default 0.01'),
+    "option above": ("algorithm", {"gptq": {"sweeps": 101}},
+                     r"gptq.sweeps is 101; allowed: an integer in \[0, 100\], default 1"),
     "options": ("algorithm", {"minmax": 3}, "algorithm.minmax is 3; allowed: a dict of options"),
     "skip_layers": ("skip_layers", 3, "skip_layers is 3; allowed: a str"),
     "skip all": ("skip_layers", [""], "skip_layers has the entry ..; allowed: parts of"),
@@ -268,6 +279,18 @@ def test_skip_layers_that_match_nothing_are_told(net, caplog):
     assert "no layer's name contains 'lm_heads' (did you mean 'lm_head'?)" in caplog.text
 
 
+@pytest.mark.parametrize("preset", [None, "INT4_AWQ_WEIGHT_QUANT_CFG"])
+@pytest.mark.parametrize("own", [False, True])
+def test_what_a_preset_skips_is_told_only_where_the_config_is_the_users(caplog, preset, own):
+    caplog.set_level(logging.WARNING, "amct_pytorch")
+    net = nn.Sequential(nn.Linear(64, 64)).eval()
+    given = None if preset is None else getattr(amct, preset)
+    if own:
+        given = {**(given or amct.INT8_MINMAX_WEIGHT_QUANT_CFG), "batch_num": 3}
+    amct.quantize(net, given)
+    assert ("no layer's name contains 'lm_head'" in caplog.text) == own
+
+
 def test_wrong_models_are_told(net):
     with pytest.raises(ArgumentTypeError, match="model is of type dict"):
         amct.quantize({}, config())
@@ -284,6 +307,18 @@ def test_wrong_models_are_told(net):
     with pytest.raises(ModelError, match=r"the weight of layer 'layers.1.down' holds NaN"):
         amct.quantize(net, config())
     assert type(net.layers[0].up) is nn.Linear
+
+
+@pytest.mark.parametrize(
+    "again", [None, config(), config(quant_cfg={**W8, "layers.*.weights": None})]
+)
+def test_a_converted_model_is_told(net, again):
+    amct.quantize(net, config())
+    calibrate(net)
+    amct.convert(net)
+    told = "converted already: layers.0.up, layers.0.down, layers.1.up and 2 more layers; quantize"
+    with pytest.raises(ModelError, match=told):
+        amct.quantize(net, again)
 
 
 def test_integer_layers_are_left_with_the_reason(net):
@@ -426,6 +461,19 @@ def test_a_name_registered_again_is_overridden_with_a_warning(net, registry, cap
     assert type(net.lm_head) is Negated
 
 
+def test_a_registration_before_any_flow_is_logged_like_everything_else():
+    script = (
+        "import logging, amct_pytorch as amct\n"
+        "assert not logging.getLogger('amct_pytorch').handlers\n"
+        "class Own(amct.BaseQuantizeModule): pass\n"
+        "amct.algorithm_register('minmax', 'Linear', Own)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True
+    )
+    assert "WARNING [amct_pytorch] algorithm 'minmax' for Linear was" in done.stderr
+
+
 class OneDeploy(nn.Module):
     def __init__(self, quant_module):
         super().__init__()
@@ -457,6 +505,31 @@ def test_a_refused_combination_is_told_once_with_its_layers_and_what_is_allowed(
     assert text.count("not allowed together") == 1
     assert "layers.0.up, layers.0.down, layers.1.up and 2 more layers: not allowed" in text
     assert "inputs int8 (token, symmetric); by minmax, smoothquant" in text
+
+
+def test_layers_too_narrow_for_a_group_are_told_by_their_width():
+    widths = (32, 96, 32, 96, 32, 32, 200)
+    net = nn.Sequential(*(nn.Linear(width, 8) for width in widths))
+    weights = {"type": "int4", "strategy": "group", "group_size": 128}
+    with pytest.raises(ConfigError) as caught:
+        amct.quantize(net, config(quant_cfg={"weights": weights}))
+    first, *lines = str(caught.value).splitlines()
+    assert first == "config: 2 problems"
+    assert [line.partition(". Give")[0].strip() for line in lines] == [
+        "0, 2, 4 and 1 more layer: weights.group_size is 128; allowed with 32 inputs: no groups",
+        "1, 3: weights.group_size is 128; allowed with 96 inputs: a multiple of 32 in [32, 95]",
+    ]
+
+
+def test_an_override_inherits_nothing_and_a_last_group_may_be_shorter():
+    net = nn.Sequential(nn.Linear(100, 8), nn.Linear(8, 8))
+    base = {"type": "int4", "strategy": "group", "group_size": 64, "symmetric": False}
+    amct.quantize(net, config(quant_cfg={"weights": base, "1.weights": {"type": "int8"}}))
+    with torch.no_grad():
+        net(torch.randn(4, 100))
+    amct.convert(net)
+    assert net[0].scale.shape == (8, 2)
+    assert net[1].spec.weight.symmetric and net[1].scale.shape == (8, 1)
 
 
 def test_attributes_of_the_base_class_are_none_until_set():

@@ -175,7 +175,10 @@ def test_what_is_no_onnx_file_is_said(tmp_path):
     with pytest.raises(FileMissingError, match="MODEL: there is no file"):
         read_onnx_module(tmp_path / "none.onnx", "MODEL")
     (tmp_path / "text.onnx").write_text("hello")
-    with pytest.raises(ExportError, match="not a readable ONNX model"):
+    with pytest.raises(ExportError, match="not a readable ONNX model: it is text"):
+        read_onnx_module(tmp_path / "text.onnx")
+    (tmp_path / "text.onnx").write_text('{"record": "of something"}')
+    with pytest.raises(ExportError, match=r"text\.onnx' is JSON, not an ONNX model"):
         read_onnx_module(tmp_path / "text.onnx")
 
 

@@ -247,6 +247,8 @@ def test_values_out_of_range(tmp_path, fields, words):
             "required, but missing: prune_record[0].producer[0].name",
         ),
         ("record { key: '\\377' }", "utf-8"),
+        ('\n {"batch_num": 1}', "is JSON, not a record of factors"),
+        ("[[]]", "is JSON, not a record of factors"),
     ],
 )
 def test_text_that_is_no_record(tmp_path, text, words):

@@ -45,7 +45,9 @@ def command(
     from amct_pytorch.cli.data_options import opened
     from amct_pytorch.cli.measure import Goals
     from amct_pytorch.cli.models import check_same_inputs, runner
+    from amct_pytorch.logs import start_logging
 
+    start_logging(to_file=False)
     reference = runner(float_, "FLOAT", threads)
     other = runner(quantized, "QUANT", threads)
     check_same_inputs(reference, other)

@@ -17,6 +17,7 @@ from amct_pytorch.errors import (
     FileAccessError,
     FileMissingError,
 )
+from amct_pytorch.files import text_kind
 
 
 @dataclass
@@ -54,9 +55,10 @@ def contents_of(path: Path) -> Contents:
         raise FileAccessError(f"FILE: cannot read {str(path)!r}: {error.strerror}") from error
     if path.suffix == ".safetensors" or head[8:10] == b'{"':
         return _safetensors(path)
-    if _is_text(head):
+    which = text_kind(head)
+    if which is not None:
         text = path.read_text(encoding="utf-8-sig", errors="replace")
-        return _json(path, text) if text.lstrip()[:1] in ("{", "[") else _protobuf_text(path, text)
+        return _json(path, text) if which == "JSON" else _protobuf_text(path, text)
     try:
         return _onnx(path)
     except ExportError as error:
@@ -65,16 +67,6 @@ def contents_of(path: Path) -> Contents:
         raise ConfigError(
             f"{path} is none of the files that amct knows (as ONNX: {error})"
         ) from error
-
-
-def _is_text(head: bytes) -> bool:
-    try:
-        text = head.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        if error.start < len(head) - 4:  # not just cut in the middle of a letter
-            return False
-        text = head[: error.start].decode("utf-8-sig")
-    return all(letter.isprintable() or letter in "\n\r\t" for letter in text)
 
 
 # --- JSON ----------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from amct_pytorch.errors import (
     FileMissingError,
     did_you_mean,
 )
+from amct_pytorch.logs import logger
 
 SUFFIXES = (".bin", ".npy", ".npz", *images.SUFFIXES)
 # Used where neither the model nor the user says more.
@@ -112,6 +113,11 @@ class Data:
             self.notes.append(
                 f"the last {rest} samples are left out: the model takes {own} at once"
             )
+
+    @property
+    def has_images(self) -> bool:
+        """Whether an input's samples are images."""
+        return any(column.kind == "image" for column in self._columns)
 
     @property
     def files(self) -> list[Path]:
@@ -228,6 +234,7 @@ class _Column:
         counts = [self._count(file) for file in files]
         self._starts = np.cumsum([0, *counts])
         self._open: tuple[int, np.ndarray] | None = None
+        self._told_of_integers = self.kind == "bin"  # whose type is stated
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -300,7 +307,19 @@ class _Column:
                 f"{self.spec.dtype} (numbers are not converted from one kind to another: "
                 "preprocess them first)"
             )
+        if np.dtype(self.spec.dtype).kind == "f" and array.dtype.kind in "biu":
+            self._tell_of_integers(array.dtype, file)
         return np.asarray(array).astype(self.spec.dtype)
+
+    def _tell_of_integers(self, dtype: np.dtype, file: Path) -> None:
+        """Pixels that nobody has preprocessed look like this."""
+        if not self._told_of_integers:
+            self._told_of_integers = True
+            logger.warning(
+                "--data: %r holds %s and input %r takes %s: the numbers are taken as they are, "
+                "without any mean or std",
+                str(file), dtype, self.spec.name, self.spec.dtype,
+            )  # fmt: skip
 
     def _array(self, file: Path) -> np.ndarray:
         try:

@@ -19,6 +19,10 @@ _NAMES = (
     "sources", "batch_size", "bin_shapes", "bin_dtypes", "preprocessing_file", "size", "mean",
     "std", "crop", "resize", "layout", "channels", "interpolation",
 )  # fmt: skip
+_OF_IMAGES = {
+    "preprocessing_file": "--preprocessing",
+    **{name: f"--{name}" for name in _NAMES[_NAMES.index("size") :]},
+}
 
 
 def data_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -177,6 +181,7 @@ def opened(data: dict[str, Any], inputs: list[InputSpec]) -> tuple[Data, Preproc
     """
     from amct_pytorch.auto_calibration.model_evaluator import parse_dtypes, parse_shapes
     from amct_pytorch.cli.data import Data, DataOptions
+    from amct_pytorch.logs import logger
 
     stated = preprocessing_of(data, inputs)
     shapes = dict(parse_shapes(data["bin_shapes"], "--shape")) if data["bin_shapes"] else {}
@@ -188,4 +193,20 @@ def opened(data: dict[str, Any], inputs: list[InputSpec]) -> tuple[Data, Preproc
         found = parse_dtypes(data["bin_dtypes"], "--dtype")
         dtypes = {"": found[0]} if len(found) == 1 else dict(zip(names, found, strict=False))
     options = DataOptions(tuple(data["sources"]), stated, shapes, dtypes, data["batch_size"])
-    return Data(inputs, options), stated
+    samples = Data(inputs, options)
+    _check_images(data, samples)
+    if stated is not None and stated.doubt is not None:
+        logger.warning("%s", stated.doubt)
+    return samples, stated
+
+
+def _check_images(data: dict[str, Any], found: Data) -> None:
+    """Options that would be without effect are refused, before anyone relies on them."""
+    from amct_pytorch.errors import ArgumentValueError
+
+    idle = [option for name, option in _OF_IMAGES.items() if data[name] is not None]
+    if idle and not found.has_images:
+        raise ArgumentValueError(
+            f"{', '.join(idle)}: only for images, and --data has {found.kind} files, whose numbers "
+            "are taken as they are; store them preprocessed, without these options"
+        )

@@ -78,6 +78,21 @@ class Preprocessing:
             f" / {_numbers(self.std)}, {self.layout}"
         )
 
+    @property
+    def doubt(self) -> str | None:
+        """What is probably wrong with it, in words, or None."""
+        plain = set(self.mean) == {0} and set(self.std) == {1}  # the pixels as they are
+        if plain or max(map(abs, self.mean)) > 1 or max(self.std) > 1:
+            return None
+        meant = " and ".join(
+            f"{what} {','.join(f'{255 * value:g}' for value in values)}"
+            for what, values in (("mean", self.mean), ("std", self.std))
+        )
+        return (
+            f"mean {_numbers(self.mean)} and std {_numbers(self.std)} look like those of pixel "
+            f"values from 0 to 1; here they run from 0 to 255: times 255, that is {meant}"
+        )
+
     def to_json(self) -> str:
         """JSON text that `preprocessing_from` reads."""
         return json.dumps({"preprocessing": asdict(self)}, indent=4) + "\n"

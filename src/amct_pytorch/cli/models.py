@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from amct_pytorch.cli.data import InputSpec
+from amct_pytorch.cli.wrong_kind import ONNX_KINDS, kind_told
 from amct_pytorch.errors import (
     ArgumentTypeError,
     CalibrationError,
@@ -68,7 +69,8 @@ def float_model(text: str) -> FloatModel:
     from amct_pytorch.importing.reader import read_onnx_module
 
     path = Path(text)
-    read = read_onnx_module(path, "MODEL")
+    with kind_told(path, "MODEL", "an ONNX model", ONNX_KINDS):
+        read = read_onnx_module(path, "MODEL")
     inputs = [InputSpec(given.name, given.shape, given.dtype) for given in read.inputs]
     names = list(read.module.input_names)
     outputs = list(read.module.output_names)
@@ -172,7 +174,8 @@ class _OnnxRunner:
         from amct_pytorch.export.onnx_file import load_onnx, size_on_disk
         from amct_pytorch.export.runtime import cpu_options, cpu_session
 
-        self.kind = onnx_kind(load_onnx(path, what, tensors_stay=True))
+        with kind_told(path, what, "an ONNX model", ONNX_KINDS):
+            self.kind = onnx_kind(load_onnx(path, what, tensors_stay=True))
         self.bytes = size_on_disk(path)
         self._session: Any
         if self.kind == "deploy":

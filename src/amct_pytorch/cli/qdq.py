@@ -27,13 +27,15 @@ def command(output: Output, deploy: Path, out: Path | None) -> None:
     The result has QuantizeLinear and DequantizeLinear; ONNX Runtime, TensorRT and OpenVINO run
     it. `amct doctor` says whether ONNX Runtime's fast int8 kernels are exact on this machine.
     """
+    from amct_pytorch.cli.wrong_kind import ONNX_KINDS, kind_told
     from amct_pytorch.export.onnx_file import size_on_disk
     from amct_pytorch.export.qdq import deploy_to_qdq
     from amct_pytorch.logs import start_logging
 
     start_logging(to_file=False)
     target = out or qdq_path(deploy)
-    deploy_to_qdq(deploy, target)
+    with kind_told(deploy, "DEPLOY", "a deploy model", ONNX_KINDS):
+        deploy_to_qdq(deploy, target)
     size = size_on_disk(target)
     output.document = {"file": str(target), "bytes": size}
     output.say(f"{target} ({bytes_text(size)})")

@@ -32,12 +32,14 @@ def command(
 
     Any ledger will do: of calibration, of decomposition, of low-bit layers, …
     """
+    from amct_pytorch.cli.wrong_kind import kind_told
     from amct_pytorch.logs import start_logging
     from amct_pytorch.report.html import report_path, write_report
 
     start_logging(to_file=False)
     target = out or report_path(ledger)
-    write_report(ledger, target, ranking=ranking, comparison=comparison)
+    with kind_told(ledger, "LEDGER", "a ledger", ("ledger",)):
+        write_report(ledger, target, ranking=ranking, comparison=comparison)
     size = target.stat().st_size
     output.document = {"file": str(target), "bytes": size}
     output.say(f"{target} ({bytes_text(size)})")

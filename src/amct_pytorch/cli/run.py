@@ -38,7 +38,9 @@ def command(
     from amct_pytorch.cli.models import runner
     from amct_pytorch.errors import CalibrationError
     from amct_pytorch.files import WholeFiles
+    from amct_pytorch.logs import start_logging
 
+    start_logging(to_file=False)
     ready = runner(model, "MODEL", threads)
     found, preprocessing = opened(data, ready.inputs)
     output.note(f"model: {model} ({ready.kind}, runs in {ready.runtime})")

@@ -385,7 +385,11 @@ def _algorithm(
     model = algorithms[name]
     if model is None:
         return name, dict(options)
-    if model.model_config.get("extra") is None:
+    extra = model.model_config.get("extra")
+    if options and not model.model_fields and extra in (None, "forbid"):
+        problems.add(f"algorithm.{name} has no options; given: {', '.join(map(shown, options))}")
+        return name, {}
+    if extra is None:
         # pydantic lets unknown keys pass unless a model says otherwise.
         for key in options:
             if key not in model.model_fields:

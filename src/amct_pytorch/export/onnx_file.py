@@ -24,7 +24,7 @@ from amct_pytorch.export.stored import (
     wire_size,
     with_data,
 )
-from amct_pytorch.files import PathLike, WholeFiles, as_path, check_writable
+from amct_pytorch.files import PathLike, WholeFiles, as_path, check_writable, text_kind
 
 # Protobuf cannot hold 2 GiB in one message. This counts tensors; names and nodes come on top.
 LARGEST_FILE = (1 << 31) - (1 << 24)
@@ -57,8 +57,11 @@ def load_onnx(path: PathLike, what: str = "path", *, tensors_stay: bool = False)
     except OSError as error:
         raise FileAccessError(f"{what}: ONNX file {str(file)!r} cannot be read: {error}") from error
     except Exception as error:
+        text = _text_kind(file)
+        if text == "JSON":
+            raise ExportError(f"{what}: {str(file)!r} is JSON, not an ONNX model") from error
         # What is behind the first line lists the fields of a protocol buffer.
-        why = str(error).partition("\n")[0]
+        why = "it is text" if text else str(error).partition("\n")[0]
         raise ExportError(f"{what}: {str(file)!r} is not a readable ONNX model: {why}") from error
     model = stored.model
     if not model.HasField("graph") or not model.opset_import:
@@ -76,6 +79,11 @@ def load_onnx(path: PathLike, what: str = "path", *, tensors_stay: bool = False)
     put_stubs(stored, file)
     check_graph(model, f"{what}: {str(file)!r}")
     return model
+
+
+def _text_kind(file: Path) -> str | None:
+    with file.open("rb") as opened:
+        return text_kind(opened.read(4096))
 
 
 def _stored(file: Path, *, tensors_stay: bool) -> StoredModel:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -58,6 +58,7 @@ def algorithm_register(
         ArgumentTypeError: an argument has another type.
         ArgumentValueError: a name is empty.
     """
+    start_logging(to_file=False)
     REGISTRY.register(name, src_op, quant_op, deploy_op)
 
 
@@ -78,8 +79,8 @@ def quantize(model: nn.Module, config: Mapping[str, Any] | None = None) -> None:
         ArgumentTypeError: `model` is not a module or `config` not a dict.
         ConfigError: the config is wrong, asks for what is not allowed together or does not fit
             the layers, or no layer is left to quantize.
-        ModelError: the model is quantized already, is itself the layer to replace, or holds
-            weights that are NaN, infinite or not loaded.
+        ModelError: the model is quantized or converted already, is itself the layer to replace,
+            or holds weights that are NaN, infinite or not loaded.
     """
     start_logging(to_file=False)
     _check_model(model)
@@ -87,7 +88,8 @@ def quantize(model: nn.Module, config: Mapping[str, Any] | None = None) -> None:
     parsed = parse_low_bit_config(raw, REGISTRY.options())
     if any(isinstance(module, BaseQuantizeModule) for module in model.modules()):
         raise ModelError("the model has quantize modules already; calibrate and convert it")
-    ledger, requests = _plan(model, parsed)
+    # What a preset skips is nobody's slip of the pen.
+    ledger, requests = _plan(model, parsed, skips_are_own=raw not in PRESETS.values())
     if model.training:
         logger.warning("the model is in training mode: dropout acts in calibration; call eval()")
     replacements: dict[nn.Module, nn.Module] = {}
@@ -175,7 +177,7 @@ def _algorithm_of(module: BaseQuantizeModule) -> Algorithm | None:
 
 
 def _plan(
-    model: nn.Module, config: LowBitConfig
+    model: nn.Module, config: LowBitConfig, *, skips_are_own: bool
 ) -> tuple[LowBitLedger, dict[str, tuple[Algorithm, LayerRequest]]]:
     """What happens to each layer, before anything is changed."""
     ledger = LowBitLedger()
@@ -194,15 +196,16 @@ def _plan(
         outcome.reason = _reason_to_leave(module, name, algorithm, request, config)
         if outcome.reason is not None or algorithm is None or request is None:
             continue
-        _check_layer(module, name, algorithm, request, outcome, problems, refused)
+        _check_layer(module, name, algorithm, request, outcome, refused)
         outcome.status, outcome.algorithm = "calibrating", algorithm.name
         outcome.weights = _told(request.weights)
         outcome.inputs = None if request.inputs is None else _told(request.inputs)
         requests[name] = (algorithm, request)
+    if not requests:
+        _check_not_converted(model)
     for text, names in refused.items():
-        more = f" and {len(names) - 3} more layers" if len(names) > 3 else ""
-        problems.add(f"{', '.join(names[:3])}{more}: {text}")
-    _check_names(config, [layer.name for layer in ledger.layers], problems)
+        problems.add(f"{_first_of(names)}: {text}")
+    _check_names(config, [layer.name for layer in ledger.layers], problems, skips_are_own)
     problems.raise_if_any()
     if not requests:
         raise ConfigError(
@@ -210,6 +213,27 @@ def _plan(
             + ("\n  ".join(map(str, ledger.layers[:10])) or "the model has no layer with weights")
         )
     return ledger, requests
+
+
+def _check_not_converted(model: nn.Module) -> None:
+    """Raises ModelError for a model that `convert` has been through."""
+    # A class of torch's own may be an algorithm's deploy module too, and tells nothing.
+    made = {
+        algorithm.deploy_op
+        for algorithm in REGISTRY
+        if algorithm.deploy_op and not algorithm.deploy_op.__module__.startswith("torch.")
+    }
+    converted = [name or "itself" for name, module in model.named_modules() if type(module) in made]
+    if converted:
+        raise ModelError(
+            f"the model is converted already: {_first_of(converted)}; quantize the float model"
+        )
+
+
+def _first_of(names: list[str]) -> str:
+    more = len(names) - 3
+    rest = f" and {more} more layer{'s' * (more > 1)}" if more > 0 else ""
+    return f"{', '.join(names[:3])}{rest}"
 
 
 def _reason_to_leave(
@@ -241,12 +265,12 @@ def _check_layer(
     algorithm: Algorithm,
     request: LayerRequest,
     outcome: LayerOutcome,
-    problems: ProblemList,
     refused: dict[str, list[str]],
 ) -> None:
     """Raises or notes whatever keeps a layer from being quantized as asked.
 
-    Combinations that are not allowed go to `refused`: the text, and the layers it is for.
+    What the config asks and the layer cannot have goes to `refused`: the text, and the layers it
+    is for.
     """
     if not name:
         raise ModelError(
@@ -265,11 +289,7 @@ def _check_layer(
         columns = weight[0].numel()
         size = request.weights.group_size
         if size is not None and size >= columns and not request.weights.type.startswith("mx"):
-            problems.add(
-                f"quant_cfg: weights.group_size is {size} for layer {name}; allowed: a multiple "
-                f"of 32 in [32, {columns - 1}] (K - 1). Give the layer a block of its own, "
-                f"'{name}.weights', or add it to skip_layers"
-            )
+            refused.setdefault(_too_large(size, columns), []).append(name)
     if algorithm.built_in:
         row = find_row(request.combination(algorithm.src_op))
         if row is None:
@@ -278,6 +298,14 @@ def _check_layer(
             outcome.notes.extend(_limits_elsewhere(row, weight.shape))
     if module._forward_hooks or module._forward_pre_hooks:
         outcome.notes.append("its forward hooks do not run any more after calibration")
+
+
+def _too_large(group_size: int, columns: int) -> str:
+    allowed = f"a multiple of 32 in [32, {columns - 1}]" if columns > 32 else "no groups"
+    return (
+        f"weights.group_size is {group_size}; allowed with {columns} inputs: {allowed}. Give such "
+        "layers a block of their own, 'NAME.weights', or add them to skip_layers"
+    )
 
 
 def _not_allowed(request: LayerRequest, algorithm: Algorithm) -> str:
@@ -297,18 +325,27 @@ def _limits_elsewhere(row: Row, shape: torch.Size) -> list[str]:
     return [f"runs here, but Ascend's packed kernel needs {' and '.join(limits)}"] if limits else []
 
 
-def _check_names(config: LowBitConfig, names: list[str], problems: ProblemList) -> None:
+def _check_names(
+    config: LowBitConfig, names: list[str], problems: ProblemList, skips_are_own: bool
+) -> None:
     """Notes globs, and warns of skipped names, that are no layer's."""
     for override in config.overrides:
         if not any(override.matches(name) for name in names):
+            near = [*names, *(f"{part}.*" for name in names for part in _prefixes(name))]
             problems.add(
                 f"quant_cfg.{override.key}: no layer has such a name"
-                f"{did_you_mean(override.pattern, names)}"
+                f"{did_you_mean(override.pattern, near)}"
             )
-    for part in config.skip_layers:
+    for part in config.skip_layers if skips_are_own else ():
         if not any(part in name for name in names):
             hint = did_you_mean(part, [*names, *(name.split(".")[-1] for name in names)])
             logger.warning("skip_layers: no layer's name contains %r%s", part, hint)
+
+
+def _prefixes(name: str) -> Iterator[str]:
+    """``a.b.c``: ``a`` and ``a.b``."""
+    parts = name.split(".")
+    return (".".join(parts[:n]) for n in range(1, len(parts)))
 
 
 def _told(block: Any) -> str:
@@ -321,4 +358,4 @@ def _bytes_of(module: nn.Module) -> int:
 
 
 for _name, _src_op, _quant_op, _deploy_op in BUILT_IN:
-    algorithm_register(_name, _src_op, _quant_op, _deploy_op)
+    REGISTRY.register(_name, _src_op, _quant_op, _deploy_op)  # an import starts no logging

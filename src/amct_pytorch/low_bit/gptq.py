@@ -19,10 +19,16 @@ from amct_pytorch.low_bit.solution import LinearSolution, QuantizedTensor
 class GptqOptions(Strict):
     """Options of ``gptq``, with the meaning and defaults of `GptqSettings`."""
 
-    damping: Annotated[float, Field(ge=0, le=1, description="[0, 1]")] = GptqSettings.damping
+    damping: Annotated[
+        float,
+        Field(ge=0, le=1, description=f"a number in [0, 1], default {GptqSettings.damping}"),
+    ] = GptqSettings.damping
     act_order: YesNo = GptqSettings.act_order
     static_groups: YesNo = GptqSettings.static_groups
-    sweeps: Annotated[int, Field(ge=0, le=100, description="0 to 100")] = GptqSettings.sweeps
+    sweeps: Annotated[
+        int,
+        Field(ge=0, le=100, description=f"an integer in [0, 100], default {GptqSettings.sweeps}"),
+    ] = GptqSettings.sweeps
 
 
 class GptqLinear(LinearQuantizeModule):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from amct_pytorch.errors import ProblemList, RecordError, did_you_mean, shown
-from amct_pytorch.files import PathLike, WholeFiles, read_text
+from amct_pytorch.files import PathLike, WholeFiles, read_text, text_kind
 from amct_pytorch.proto import ScaleOffsetRecord
 from amct_pytorch.proto.text import parse_text, print_text
 from amct_pytorch.record.entry import check_factors, factors_of, fill_entry
@@ -63,8 +63,8 @@ def read_record(path: PathLike) -> RecordFile:
 
     Raises:
         FileMissingError, FileAccessError: the file cannot be read.
-        RecordError: the text does not parse (with line and column); or, all of them in one
-            error (up to ten): scales or balance factors that are not finite and > 0, offsets
+        RecordError: it is JSON; the text does not parse (with line and column); or, all of them
+            in one error (up to ten): scales or balance factors that are not finite and > 0, offsets
             out of range, as many offset_w as scale_w not given, unknown types, entries
             without a key or with the same key.
     """
@@ -82,6 +82,8 @@ def parse_record(text: str, source: str) -> RecordFile:
         RecordError: see `read_record`.
     """
     message = ScaleOffsetRecord()
+    if text_kind(text[:4096].encode()) == "JSON":  # no record begins with a bracket
+        raise RecordError(f"{source} is JSON, not a record of factors")
     parse_text(text, message, source, RecordError, last_wins=True)
     problems = ProblemList(source, RecordError)
     factors: dict[str, LayerFactors] = {}

@@ -11,7 +11,14 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from amct_pytorch.errors import ConfigError, PackageMissingError
-from amct_pytorch.files import PathLike, as_path, check_writable, read_text, write_whole
+from amct_pytorch.files import (
+    PathLike,
+    as_path,
+    check_writable,
+    read_text,
+    text_kind,
+    write_whole,
+)
 from amct_pytorch.report.html.drawing import clipped_text, draw_histogram, draw_network
 from amct_pytorch.report.html.page import Page, given_ranking, page_of
 from amct_pytorch.report.html.tiles import comparison_tiles
@@ -50,6 +57,8 @@ def read_ledger(path: PathLike) -> dict[str, Any]:
     try:
         document = json.loads(text)
     except ValueError as error:
+        if text_kind(text[:4096].encode()) != "JSON":
+            raise ConfigError(f"{path} is no ledger: it is not JSON") from error
         raise ConfigError(f"{path}: not JSON: {error}") from error
     problem = ledger_problem(document)
     if problem:
