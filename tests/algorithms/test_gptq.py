@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from amct_pytorch.algorithms.gptq import GptqSettings, solve_gptq
+from amct_pytorch.algorithms.hessian import Hessian
 from amct_pytorch.errors import ArgumentValueError
 from amct_pytorch.formats import FORMATS, Granularity, dequantize, fake_quantize, params_of
 
@@ -173,7 +174,7 @@ def test_sweeps_only_lower_the_loss():
         assert losses[3] < losses[2] < losses[1] < losses[0]
 
 
-def test_dead_columns_become_zero():
+def test_weights_that_no_token_reaches_are_rounded_to_the_nearest():
     weight, hessian = layer()
     dead = [0, 17, 95]
     hessian[dead] = 0
@@ -183,9 +184,38 @@ def test_dead_columns_become_zero():
         result = solve_gptq(weight, hessian, INT4, CHANNEL, symmetric=symmetric)
         assert result.dead_columns == 3
         solved = values(result, INT4, CHANNEL)
-        assert not solved[:, dead].any()
-        assert solved[:, alive].any()
+        off = (solved - weight).abs() / result.scale
+        # Inside the range, which may leave out a few of them.
+        assert off[:, dead].median() < 0.3
+        assert (off[:, dead] < 0.501).float().mean() > 0.8
+        assert off[:, alive].median() > off[:, dead].median()
         assert result.loss == pytest.approx(loss_of(weight - solved, hessian), rel=1e-3)
+
+
+@pytest.mark.parametrize("activation", [torch.nn.functional.silu, torch.nn.functional.relu])
+@pytest.mark.parametrize(("tokens", "least"), [(16, 0.97), (64, 1.2), (1024, 1.4)])
+def test_few_tokens_do_no_harm_to_others(activation, tokens, least):
+    better = []
+    for seed in range(4):
+        g = torch.Generator().manual_seed(seed)
+        weight = torch.randn(64, 128, generator=g)
+        mix = torch.randn(32, 128, generator=g)
+
+        def inputs(number, mix=mix, g=g):
+            return activation(torch.randn(number, 32, generator=g) @ mix)
+
+        seen, others = Hessian(128), Hessian(128)
+        seen.add(inputs(tokens))
+        others.add(inputs(4096))
+        results = [
+            solve_gptq(weight, seen.mean(), INT4, CHANNEL, tokens=tokens),
+            solve_gptq(weight, torch.eye(128), INT4, CHANNEL),
+        ]
+        losses = [
+            loss_of(weight - values(result, INT4, CHANNEL), others.mean()) for result in results
+        ]
+        better.append(losses[1] / losses[0])
+    assert sum(better) / len(better) > least
 
 
 def test_a_layer_without_input_is_rounded_to_the_nearest():

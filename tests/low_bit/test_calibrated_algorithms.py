@@ -253,7 +253,7 @@ def test_dead_inputs_and_weights(case):
     [
         ({"awq": {"grids_num": 0}}, "algorithm.awq.grids_num is 0; allowed: an integer from 1"),
         ({"awq": {"grid_num": 20}}, "did you mean 'grids_num'"),
-        ({"mxquant": {"x": 1}}, "algorithm.mxquant.x"),
+        ({"mxquant": {"x": 1}}, "algorithm.mxquant has no options; given: .x."),
     ],
 )
 def test_wrong_options(algorithm, message):

@@ -85,6 +85,7 @@ def test_is_what_the_solver_finds_for_the_float_models_inputs(weights):
         fmt,
         granularity,
         symmetric=weights.get("symmetric", True),
+        tokens=hessian.tokens,
     )
     assert torch.equal(model.out.result.codes.float(), expected.codes.float())
     x = batches(1, seed=1)[0]
@@ -116,7 +117,8 @@ def test_ledger_tells_errors_damping_and_dead_inputs():
     assert f"{model.query.result.loss_nearest:.3g}" in notes
     assert "damping" in notes
     assert "1 input channels had no input" in notes
-    assert not model.query.deploy.weight[:, 5].any()
+    quantized, weight = model.query.deploy.weight[:, 5], network().query.weight.detach()[:, 5]
+    assert (quantized - weight).norm() < 0.2 * weight.norm()
 
 
 def test_a_fall_back_is_told():
@@ -137,6 +139,7 @@ def test_options_reach_the_solver():
         FORMATS["int4"],
         Granularity("group", 32),
         settings=GptqSettings(**options),
+        tokens=hessian.tokens,
     )
     assert torch.equal(model.query.result.codes, expected.codes)
     assert not torch.equal(model.query.result.codes, calibrated(inputs).query.result.codes)

@@ -28,6 +28,9 @@ from amct_pytorch.errors import ArgumentValueError
 from amct_pytorch.formats import Granularity, NumberFormat
 from amct_pytorch.formats.quantizer import fake_quantize, params_of, quantize
 
+# What an error of a weight costs that no token has reached, in units of the others' mean.
+DEAD_SHARE = 1e-2
+
 
 @dataclass(frozen=True)
 class GptqSettings:
@@ -74,7 +77,8 @@ class GptqResult:
         loss_nearest: of rounding each weight to the nearest number.
         loss: of what is returned, never above `loss_nearest`.
         damping: what was added to the Hessian's diagonal.
-        dead_columns: how many input channels had no input; their weights became 0.
+        dead_columns: how many input channels had no input; their weights are rounded to the
+            nearest.
         fell_back: why the weights were rounded to the nearest after all; None if they were not.
     """
 
@@ -97,6 +101,7 @@ def solve_gptq(
     symmetric: bool = True,
     settings: GptqSettings = GptqSettings(),
     target: Tensor | None = None,
+    tokens: int | None = None,
 ) -> GptqResult:
     """Quantizes the weight of a linear layer given the second moments of its input.
 
@@ -109,13 +114,14 @@ def solve_gptq(
         settings: how to solve.
         target: [N, K], what the layer should come near to instead of `weight`, such as
             one corrected by `target_correction`.
+        tokens: how many the Hessian is the mean of; see `prepare`.
 
     Raises:
         ArgumentValueError: for shapes that do not fit, values that are not finite, or a
             combination that is not allowed above.
     """
     grid = WeightGrid(fmt, granularity, symmetric)
-    prepared = prepare(hessian.clone(), grid, settings)
+    prepared = prepare(hessian.clone(), grid, settings, tokens)
     return solve_prepared(weight, prepared, grid, settings, target=target)
 
 
@@ -124,7 +130,8 @@ class PreparedHessian:
     """What all layers with one input need of their Hessian, to be computed once.
 
     Attributes:
-        matrix: H + damping·I with 1 on the diagonal of dead columns, float32 [K, K].
+        matrix: H with `ridge` added to its diagonal, float32 [K, K].
+        ridge: damping, what few tokens ask for, and all of the diagonal of dead columns, [K].
         dead: which input channels had no input, bool [K].
         order: of the columns in rounding.
         feedback: Ũᵀ with Ũ D Ũᵀ the matrix in that order, [K, K]; None if it cannot be
@@ -134,6 +141,7 @@ class PreparedHessian:
     """
 
     matrix: Tensor
+    ridge: Tensor
     dead: Tensor
     order: Tensor
     feedback: Tensor | None
@@ -141,19 +149,29 @@ class PreparedHessian:
     damping: float
 
     def loss(self, error: Tensor) -> float:
-        """tr(E H Eᵀ) without damping, for an error [K, N] whose dead rows are set to 0."""
+        """tr(E H Eᵀ) without the ridge, for an error [K, N] whose dead rows are set to 0."""
         error[self.dead] = 0
-        damped = self.damping * total(error.square())
-        return max(output_error(error, self.matrix) - damped, 0.0)
+        return max(output_error(error, self.matrix) - self.charge(error), 0.0)
+
+    def charge(self, error: Tensor) -> float:
+        """What the ridge adds to tr(E H Eᵀ), for an error [K, N]."""
+        return float(self.ridge.double() @ error.square().sum(1).double())
 
 
-def prepare(hessian: Tensor, grid: WeightGrid, settings: GptqSettings) -> PreparedHessian:
+def prepare(
+    hessian: Tensor, grid: WeightGrid, settings: GptqSettings, tokens: int | None = None
+) -> PreparedHessian:
     """Orders, damps and factorizes a Hessian.
+
+    Few tokens show correlations between channels that others do not have, and what makes up for
+    an error by those does harm on others. So the diagonal grows by the share K / (K + tokens):
+    with many tokens next to nothing, with few what rounds to the nearest.
 
     Args:
         hessian: [K, K], symmetric; may be changed and kept.
         grid: only its group size matters, and only without `static_groups`.
         settings: how layers are to be solved; `sweeps` does not matter.
+        tokens: how many the Hessian is the mean of; None: as many as could be.
 
     Raises:
         ArgumentValueError: if it is no square matrix or holds NaN or infinity.
@@ -164,17 +182,23 @@ def prepare(hessian: Tensor, grid: WeightGrid, settings: GptqSettings) -> Prepar
         )
     _check_finite("hessian", hessian)
     matrix = hessian.float()
-    dead = matrix.diagonal() <= 0
-    matrix[dead, dead] = 1
+    own = matrix.diagonal().clone()
+    dead = own <= 0
+    size = len(own)
+    ridge = own * (0.0 if tokens is None else size / (size + tokens))
+    # Other data may reach them: they are to count, but next to nothing beside the others.
+    ridge[dead] = DEAD_SHARE * float(own.mean()) or 1.0
+    matrix.diagonal().add_(ridge)
     order = _column_order(matrix.diagonal(), grid, settings)
     factorization = factorize(matrix, settings.damping, order)
     if factorization is None:
-        return PreparedHessian(matrix, dead, order, None, matrix.diagonal(), 0.0)
+        return PreparedHessian(matrix, ridge, dead, order, None, matrix.diagonal(), 0.0)
     matrix.diagonal().add_(factorization.damping)
+    ridge.add_(factorization.damping)
     feedback = factorization.transposed
     diagonal = feedback.diagonal().clone()
     feedback.div_(diagonal[:, None])
-    return PreparedHessian(matrix, dead, order, feedback, diagonal, factorization.damping)
+    return PreparedHessian(matrix, ridge, dead, order, feedback, diagonal, factorization.damping)
 
 
 def solve_prepared(
@@ -247,17 +271,16 @@ def _round(
     grid: WeightGrid,
     settings: GptqSettings,
 ) -> tuple[Rounding, float]:
-    """The rounded weight, its columns where they were, and its loss without damping.
+    """The rounded weight, its columns where they were, and its loss without the ridge.
 
     Args:
-        aim: [N, K]; dead columns become 0.
+        aim: [N, K].
         prepared: the Hessian.
         feedback: its factor.
         grid: the numbers that are allowed.
         settings: how to solve.
     """
     weight = aim.T.clone(memory_format=torch.contiguous_format)
-    weight[prepared.dead] = 0
     order, matrix = prepared.order, prepared.matrix
     size = grid.group_size(len(weight))
     granule_of = torch.arange(len(weight), device=order.device) // size
@@ -277,10 +300,10 @@ def _round(
     rounding.reorder(back, granule_of.tolist())
     for left in reversed(range(settings.sweeps)):
         loss -= sweep(rounding, matrix, output, last=not left)
-    damped = prepared.damping * total(rounding.error.square())
+    charge = prepared.charge(rounding.error)
     # Only the steps are needed from here on, and the memory of the rest is.
     rounding.weight = rounding.error = rounding.steps.new_empty(0)
-    return rounding, max(loss - damped, 0.0)
+    return rounding, max(loss - charge, 0.0)
 
 
 def _quantized(rounding: Rounding) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -87,7 +87,8 @@ class SharedInput(InputStatistics):
         known = self._prepared
         if known is None or known[:2] != (settings, size):
             known = self._prepared = None  # let go before there are two of them
-            self._prepared = known = settings, size, prepare(self.mean(), grid, settings)
+            prepared = prepare(self.mean(), grid, settings, self.tokens)
+            self._prepared = known = settings, size, prepared
         return known[2]
 
     def target(self, weight: Tensor) -> Tensor | None:

@@ -67,10 +67,13 @@ class GptqLinear(LinearQuantizeModule):
         )
         notes = [
             f"squared output error {found.loss:.3g}, {found.loss_nearest:.3g} by rounding to the "
-            f"nearest; damping {found.damping:.2g}"
+            f"nearest; damping {found.damping:.2g} on the diagonal"
         ]
         if found.dead_columns:
-            notes.append(f"{found.dead_columns} input channels had no input, their weights are 0")
+            notes.append(
+                f"{found.dead_columns} input channels had no input, their weights are rounded to "
+                "the nearest"
+            )
         if found.fell_back is not None:
             notes.append(f"rounded to the nearest: {found.fell_back}")
         return LinearSolution(quantized, notes=tuple(notes))
