@@ -90,6 +90,7 @@ def test_the_row_of_decomposition_knows_what_its_benchmark_takes_and_gives(
     monkeypatch.setattr(fashion, "accuracy", lambda network, *test: 90.0)
     (row,) = (row for row in accuracy.ROWS if row.name == "decompose-fashion")
     found = row.measure(tmp_path)
-    assert asked == [(64, 3, 60000)]
-    assert found.note.startswith("width 64, 3 epochs before; ")
+    # The network of the table's other Fashion-MNIST rows.
+    assert asked == [(32, 3, 60000)]
+    assert found.note.endswith(" times fewer FLOPs; 90.00 before training")
     assert found.size is not None and found.size < 1
