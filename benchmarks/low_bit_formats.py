@@ -1,6 +1,6 @@
 """SmolLM2-135M in every kind of number that `quantize` knows: perplexity by algorithm.
 
-    python benchmarks/low_bit_formats.py [--only mxfp4-awq int8-smoothquant ...]
+    python benchmarks/low_bit_formats.py [--only mxfp4-awq int8-token-smoothquant ...]
 
 Calibrated and evaluated as by examples/quantize_language_model.py, whose functions do the work.
 A finished row goes to `results/low_bit_formats.json` at once and is not measured again, unless
@@ -20,13 +20,13 @@ from machine import describe
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
+import language_model
+from quantize_language_model import HIFLOAT8, INT4, TENSOR, TOKEN, converted, token_windows
+
 RESULTS = Path(__file__).parent / "results" / "low_bit_formats.json"
-INT4 = {"type": "int4", "symmetric": False, "strategy": "group", "group_size": 64}
 INT8, MXFP4, MXFP8 = {"type": "int8"}, {"type": "mxfp4_e2m1"}, {"type": "mxfp8_e4m3fn"}
-HIFLOAT8 = {"type": "hifloat8"}
-TOKEN, TENSOR = {"type": "int8", "strategy": "token"}, {"type": "int8", "strategy": "tensor"}
 BY_TOKEN = {**HIFLOAT8, "strategy": "token"}
-"""Weights, inputs (None: float), algorithm."""
+# Weights, inputs (None: float), algorithm.
 ROWS: dict[str, tuple[dict[str, Any], dict[str, Any] | None, str]] = {
     "int4-minmax": (INT4, None, "minmax"),
     "int4-awq": (INT4, None, "awq"),
@@ -52,9 +52,6 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any] | None, str]] = {
 
 def measure(name: str, model: Any, text: torch.Tensor, heldout: torch.Tensor) -> dict[str, Any]:
     """One row."""
-    import language_model
-    from quantize_language_model import converted
-
     weights, inputs, algorithm = ROWS[name]
     quantized, seconds = converted(model, algorithm, (weights, inputs, algorithm), text)
     value = language_model.perplexity(quantized, heldout, use_cache=False)
@@ -73,15 +70,10 @@ def main() -> None:
     if options.list:
         print(*ROWS, sep="\n")
         return
-    import language_model
-
     torch.set_num_threads(1)
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": {}}
     model, tokenizer = language_model.load()
-    texts = language_model.articles()
-    half = len(texts) // 2
-    text = language_model.spread_windows(tokenizer, texts[half:], 32, 256)
-    heldout = language_model.windows(tokenizer, texts[:half], 16, 256)
+    text, heldout = token_windows(tokenizer, calibration=32, evaluation=16, length=256)
     found["float"] = language_model.perplexity(model, heldout, use_cache=False)
     for name in options.only:
         if name in found["rows"] and not options.again:

@@ -62,6 +62,18 @@ def converted(
     return model, time.process_time() - started
 
 
+def token_windows(
+    tokenizer: Any, calibration: int, evaluation: int, length: int
+) -> tuple[Tensor, Tensor]:
+    """Tokens to calibrate on and to evaluate on, of different articles, int64 [number, length]."""
+    texts = language_model.articles()
+    half = len(texts) // 2
+    return (
+        language_model.spread_windows(tokenizer, texts[half:], calibration, length),
+        language_model.windows(tokenizer, texts[:half], evaluation, length),
+    )
+
+
 def main() -> None:
     """Quantize, convert, save, load, evaluate, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -77,12 +89,9 @@ def main() -> None:
     torch.set_num_threads(1)
 
     float_model, tokenizer = language_model.load()
-    texts = language_model.articles()
-    half = len(texts) // 2
-    text = language_model.spread_windows(
-        tokenizer, texts[half:], options.calibration, options.length
+    text, heldout = token_windows(
+        tokenizer, options.calibration, options.evaluation, options.length
     )
-    heldout = language_model.windows(tokenizer, texts[:half], options.evaluation, options.length)
 
     def perplexity(model: Any) -> float:
         return language_model.perplexity(model, heldout, use_cache=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
@@ -391,11 +392,7 @@ def _algorithm(
         return name, {}
     if extra is None:
         # pydantic lets unknown keys pass unless a model says otherwise.
-        for key in options:
-            if key not in model.model_fields:
-                nearest = did_you_mean(str(key), model.model_fields)
-                allowed = nearest or f"; allowed: {', '.join(model.model_fields)}"
-                problems.add(f"algorithm.{name}.{key}: unknown key{allowed}")
+        model = types.new_class(model.__name__, (model,), {"extra": "forbid"})
     checked = _validated(model, options, f"algorithm.{name}", problems)
     return name, checked.model_dump() if checked is not None else {}
 
